@@ -1,0 +1,524 @@
+"""Recurrent Memory Transformer and its family, in one file.
+
+A Transformer reads a long sequence one segment at a time. State can cross a segment boundary in two places:
+    over the top      memory tokens: what the last layer wrote is what the first layer reads next    RMT
+    inside a layer    a carry: the layer's own inputs in the segment before                          Transformer-XL
+
+             segment t                               segment t + 1
+    logits           ^      written ---.       logits         ^      written
+    layer L   ========================  |             ========================
+    ...       ========================  -- carry -->  ========================
+    layer 1   ========================  |             ========================
+              read | tokens | write     '-----------> read | tokens | write     (it fills both blocks)
+
+The method is this loop; `unroll`, near the end, is the same loop with its options and checks:
+    state = model.initial_state(batch_size)
+    for segment in tokens.split(segment_len, dim=1):
+        if a_cut_falls_here:
+            state = state.detach()                # truncated backpropagation through time (BPTT)
+        logits, state = model(segment, state)     # one segment, always
+
+Glossary
+    B  batch    S  segments    L  n_layer    D  d_model    H  n_head    E  D / H    V  vocab_size
+    T  segment_len, tokens per segment    M  n_mem, memory tokens    C  cache_len, "mem_len" in [TXL]
+    N  rows of one segment: read + tokens + write
+    state        all that crosses a boundary: State(memory, carry), plain tensors, never stored on a module
+    memory       (B, M, D), "mem_t" in [RMT]; never the Transformer-XL cache
+    carry        the backbone's part of the state
+    read, write  the memory tokens before and after the tokens of a segment, "H^mem" in [RMT]
+    bptt_depth   boundaries that gradient may cross, "BPTT-k" in [RMT]
+References
+    [RMT]     Bulatov, Kuratov, Burtsev. Recurrent Memory Transformer. 2022, arXiv:2207.06881
+    [RMT-1M]  Bulatov, Kuratov, Burtsev. Scaling Transformer to 1M tokens and beyond with RMT. 2023, arXiv:2304.11062
+    [TXL]     Dai, Yang, Yang, Carbonell, Le, Salakhutdinov. Transformer-XL. 2019, arXiv:1901.02860
+    [MT]      Burtsev, Kuratov, Peganov, Sapunov. Memory Transformer. 2020, arXiv:2006.11527
+"""
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+# -------------------------------------------------------------------------------------------------- 1. config and state
+# In: plain numbers. Out: a validated Config, and the value that crosses segments.
+
+
+def require(condition: bool, message: str, error: type = ValueError):
+    """Raise error(message) unless the condition holds."""
+    if not condition:
+        raise error(message)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and choices of one model. Raises ValueError naming the field, its value and the rule it breaks."""
+
+    variant: str = "rmt"         # a key of VARIANTS
+    vocab_size: int = 64         # V
+    segment_len: int = 32        # T, tokens
+    n_layer: int = 2             # L
+    n_head: int = 4              # H
+    d_model: int = 64            # D
+    n_mem: int = 8               # M, memory tokens
+    cache_len: int = 32          # C, cached positions per layer
+    memory_form: str = "norm"    # handed on: written rows after the final norm [RMT], or "raw", the residual stream
+    write_slot: str = "memory"   # fed to the write rows: the incoming memory [RMT], an "embedding", or "both" added up
+    memory_mask: str = "paper"   # a memory block sees itself both ways; "causal": it does not, fast kernels on a GPU
+    memory_noise: float = 0.0    # in training, noise on the handed-on memory: up to this fraction of its RMS
+    dropout: float = 0.0         # on the embeddings and on the output of each sublayer
+    tie_weights: bool = False    # one matrix for embedding and head
+
+    def __post_init__(self):
+        for name in ("vocab_size", "segment_len", "n_layer", "n_head", "d_model", "n_mem", "cache_len"):
+            value, least = getattr(self, name), 0 if name in ("n_mem", "cache_len") else 1
+            require(type(value) is int and value >= least, f"{name}={value!r} must be an integer of at least {least}")
+        require(self.d_model % (2 * self.n_head) == 0, f"d_model={self.d_model} must be divisible by 2 * n_head="
+                f"{2 * self.n_head}: rotary positions turn pairs of channels in every head")
+        for name, choices in {"memory_form": ("norm", "raw"), "write_slot": ("memory", "embedding", "both"),
+                              "memory_mask": ("paper", "causal")}.items():
+            require(getattr(self, name) in choices, f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout!r} must be at least 0 and below 1")
+        require(0 <= self.memory_noise < math.inf, f"memory_noise={self.memory_noise!r} must be at least 0 and finite")
+
+
+class State(NamedTuple):
+    """All that crosses a segment boundary. `torch.save(tuple(state), path)` and `State(*torch.load(path))` keep it."""
+
+    memory: Tensor  # (B, M, D); (B, 0, D) where memory is not recurrent
+    carry: tuple    # nested tuples of tensors, batch first; here one tuple per layer
+
+    def detach(self) -> State:
+        """The same values, the gradient cut."""
+        return map_tensors(torch.detach, self)
+
+
+def map_tensors(fn, tree):
+    """Apply fn to every tensor of nested tuples, as in `map_tensors(lambda t: t.to("cuda"), state)`."""
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    mapped = [map_tensors(fn, branch) for branch in tree]
+    return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
+
+
+def tensors(tree) -> list[Tensor]:
+    """The tensors of nested tuples, as in `sum(t.numel() for t in tensors(state))` for the floats of a state."""
+    return [tree] if isinstance(tree, Tensor) else [t for branch in tree for t in tensors(branch)]
+
+
+# --------------------------------------------------------------------------------------------- 2. the Transformer layer
+# In: rows x (B, N, D) and a mask. Out: rows of the same shape.
+
+def rope_table(n_position: int, d_head: int) -> Tensor:
+    """Cosines and sines of the rotary angles of positions 0 .. n_position - 1: (2, n_position, E / 2)."""
+    angle = torch.arange(n_position)[:, None] * 10000.0 ** (-torch.arange(0, d_head, 2) / d_head)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate x (B, H, n, E) to the positions whose angles are in rope (2, n, E / 2)."""
+    cos, sin = rope.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of rows x = [read | tokens | write] to context = [read | cache | tokens | write].
+
+    Departure: rotary positions, where [RMT] has absolute ones and [TXL] relative biases. They count along a full cache,
+    so tokens stand at one distance from the read memory, and cached rows right before the tokens that followed them.
+    """
+
+    def __init__(self, config: Config, n_read: int = 0, n_cache: int = 0):
+        super().__init__()
+        self.n_head, self.n_read, self.n_cache = config.n_head, n_read, n_cache
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        n_position = n_cache + config.segment_len + 2 * config.n_mem
+        self.register_buffer("rope", rope_table(n_position, config.d_model // config.n_head), persistent=False)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, N, D), context (B, c + N, D), mask (N, c + N), True = may look, None = causal -> (B, N, D)."""
+        q, k, v = self.project(x, context)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).flatten(-2))
+
+    def project(self, x, context):
+        """Rotated queries (B, H, N, E), rotated keys and values (B, H, c + N, E)."""
+        n, c = x.size(1), context.size(1) - x.size(1)
+        if c == 0:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            w_q, w_kv = self.qkv.weight.tensor_split([x.size(2)])
+            q, (k, v) = F.linear(x, w_q), F.linear(context, w_kv).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
+        return rotate(q, self.positions(n, 0)), rotate(k, self.positions(n, c)), v
+
+    def positions(self, n, c):
+        """Angles of n rows of a segment and of c cached rows between the read rows and the rest: (2, c + n, E / 2)."""
+        if self.n_cache == 0:
+            return self.rope[:, :n]
+        return torch.cat([self.rope[:, :self.n_read], self.rope[:, self.n_read + self.n_cache - c:self.n_cache + n]], 1)
+
+    def weights(self, x, context, mask):
+        """The weights of `forward`, (B, H, N, c + N); each row sums to 1."""
+        q, k, _ = self.project(x, context)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+        mask = torch.ones_like(scores, dtype=torch.bool).tril() if mask is None else mask
+        return scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+
+
+class Block(nn.Module):
+    """One pre-norm layer that carries nothing. A new mechanism is a subclass, and a row of VARIANTS."""
+
+    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0, n_cache: int = 0):
+        super().__init__()
+        D, self.n_read, self.n_write, self.n_cache = config.d_model, n_read, n_write, n_cache
+        self.norm_1, self.norm_2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.attn = Attention(config, n_read, n_cache)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D, bias=False), nn.GELU(), nn.Linear(4 * D, D, bias=False))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def initial_carry(self, batch_size: int) -> tuple:
+        """What the first segment carries in: a tuple of tensors, here none."""
+        return ()
+
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple) -> tuple[Tensor, tuple]:
+        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
+        h = self.norm_1(x)
+        return self.residual(x, h, h, mask), carry
+
+    def residual(self, x, h, context, mask):
+        """Both sublayers: attention of the normed rows h to the context, then the feed-forward layer."""
+        x = x + self.dropout(self.attn(h, context, mask))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
+
+
+# -------------------------------------------------------------------------------------------- 3. what a layer can carry
+# In: x, mask and the layer's carry. Out: x and the next carry.
+
+class CacheBlock(Block):
+    """Tokens also see this layer's inputs for the tokens before the segment, gradient stopped [TXL] sec. 3.2.
+
+    The carry is (cache,): the last C inputs (B, c, D), before norm and rotation, c growing from 0 to C. Memory rows are
+    not cached: they are handed on over the top.
+    """
+
+    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
+        super().__init__(config, n_read, n_write, n_cache=config.cache_len)
+
+    def initial_carry(self, batch_size: int) -> tuple:
+        """An empty cache (B, 0, D)."""
+        return (self.norm_1.weight.new_zeros(batch_size, 0, len(self.norm_1.weight)),)
+
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple) -> tuple[Tensor, tuple]:
+        """x (B, N, D), mask (N, c + N) or None, carry -> x (B, N, D), next carry."""
+        (cache,), h = carry, self.norm_1(x)
+        context = torch.cat([h[:, :self.n_read], self.norm_1(cache), h[:, self.n_read:]], dim=1)
+        tokens = x[:, self.n_read:x.size(1) - self.n_write]
+        n_stale = max(0, cache.size(1) + tokens.size(1) - self.n_cache)
+        cache = torch.cat([cache[:, n_stale:], tokens[:, -self.n_cache:]], dim=1).detach()
+        return self.residual(x, h, context, mask), (cache,)
+
+
+# --------------------------------------------------------------------------------------------------------- 4. the model
+# In: the tokens of one segment (B, T) and a state. Out: logits (B, T, V) and the next state.
+
+def segment_mask(n_read: int, n_cache: int, n_tokens: int, n_write: int, form: str = "paper", device=None) -> Tensor:
+    """Who may look at whom in one segment [RMT] sec. 3: bool (N, C + N), True = may look. The form "paper":
+
+                     read   cache  tokens  write
+            read     x x    . .    . . .   . .       read rows see each other only
+                     x x    . .    . . .   . .
+            tokens   x x    x x    x . .   . .       tokens are causal and see what was read and what is cached
+                     x x    x x    x x .   . .
+                     x x    x x    x x x   . .
+            write    x x    . .    x x x   x x       write rows see the segment and each other
+                     x x    . .    x x x   x x
+
+    The form "causal" is the lower triangle in this order of columns; in the form "full" every row sees all.
+    """
+    n = n_read + n_tokens + n_write
+    now = torch.ones(n, n, dtype=torch.bool, device=device)
+    past = torch.ones(n, n_cache, dtype=torch.bool, device=device)
+    if form != "full":
+        now.tril_()
+        past[:n_read] = False
+    if form == "paper":
+        now[:n_read, :n_read] = True
+        now[n - n_write:] = True
+        past[n - n_write:] = False
+    return torch.cat([now[:, :n_read], past, now[:, n_read:]], dim=1)
+
+
+class Transformer(nn.Module):
+    """The backbone. Any module with its `initial_carry(B)` and `backbone(x, mask, carry) -> (x, carry)` can replace it."""
+
+    def __init__(self, config: Config, block: type = Block, n_read: int = 0, n_write: int = 0):
+        super().__init__()
+        self.blocks = nn.ModuleList(block(config, n_read, n_write) for _ in range(config.n_layer))
+
+    def initial_carry(self, batch_size: int) -> tuple:
+        """One carry per layer."""
+        return tuple(block.initial_carry(batch_size) for block in self.blocks)
+
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple) -> tuple[Tensor, tuple]:
+        """x (B, N, D), mask (N, C + N) or None, carry -> x (B, N, D) before the final norm, next carry."""
+        carries = []
+        for block, layer_carry in zip(self.blocks, carry, strict=True):
+            x, layer_carry = block(x, mask, layer_carry)
+            carries.append(layer_carry)
+        return x, tuple(carries)
+
+
+class Variant(NamedTuple):
+    """What makes a member of the family."""
+
+    read: bool       # memory tokens before the segment
+    write: bool      # memory tokens after the segment
+    recurrent: bool  # is the output at the write rows (without them: the read rows) the next segment's memory?
+    block: type      # what a layer carries
+    full: bool       # an encoder, in which all rows see each other
+
+VARIANTS = {             #     read   write  recurrent  block    full     floats per sequence that cross a boundary
+    "transformer":     Variant(False, False, False, Block,       False),  # 0
+    "mem_transformer": Variant(True,  False, False, Block,       False),  # 0            [MT] sec. 3.1, as a decoder
+    "transformer_xl":  Variant(False, False, False, CacheBlock,  False),  # L C D        [TXL]
+    "rmt":             Variant(True,  True,  True,  Block,       False),  # M D          [RMT] sec. 3
+    "rmt_xl":          Variant(True,  True,  True,  CacheBlock,  False),  # M D + L C D  [RMT] sec. 3
+    "rmt_encoder":     Variant(True,  False, True,  Block,       True),   # M D          [RMT-1M]
+}
+
+
+class RMT(nn.Module):
+    """Memory tokens around a backbone that does not know they are there, one segment at a time.
+
+    A backbone of yours has width d_model and goes with the variants whose layers carry nothing.
+    Raises ValueError where config does not fit its variant.
+    """
+
+    def __init__(self, config: Config, backbone: nn.Module | None = None):
+        super().__init__()
+        require(config.variant in VARIANTS, f"variant={config.variant!r} must be one of {', '.join(VARIANTS)}")
+        self.config, self.variant, D = config, VARIANTS[config.variant], config.d_model
+        self.n_read, self.n_write = config.n_mem * self.variant.read, config.n_mem * self.variant.write
+        self.n_cache = config.cache_len if self.variant.block is CacheBlock else 0
+        for field, needed in {"n_mem": self.variant.read or self.variant.write,
+                              "cache_len": self.variant.block is CacheBlock}.items():
+            require(getattr(config, field) > 0 or not needed, f"{field}=0 must be at least 1 for {config.variant!r}")
+        require(backbone is None or self.variant.block is Block, f"variant {config.variant!r} has layers of its own: "
+                f"choose one of {', '.join(name for name, row in VARIANTS.items() if row.block is Block)} for a backbone")
+        self.embed = nn.Embedding(config.vocab_size, D)
+        self.memory = nn.Parameter(torch.empty(max(self.n_read, self.n_write), D))
+        self.write_embedding = nn.Parameter(torch.empty(self.n_write if config.write_slot != "memory" else 0, D))
+        self.backbone = backbone or Transformer(config, self.variant.block, self.n_read, self.n_write)
+        self.norm = nn.LayerNorm(D, bias=False)
+        self.head = nn.Linear(D, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.tie_weights:
+            self.head.weight = self.embed.weight
+        self.shapes = [tuple(t.shape[1:]) for t in tensors(self.initial_state(1))]
+        self.init_weights(keep=() if backbone is None else ("backbone.",))
+
+    @torch.no_grad()
+    def init_weights(self, keep: tuple = ()):
+        """Draw all matrices but those whose names begin with one of keep; the norms start at 1."""
+        L, tied = self.config.n_layer, self.config.tie_weights
+        for name, weight in self.named_parameters():
+            fan_in = 0.7 / math.sqrt(weight.size(-1))
+            std = {"memory": 0.02, "write_embedding": 0.02,        # independent rows: memory tokens must differ
+                   "embed.weight": fan_in if tied else 0.5,
+                   "attn.out.weight": fan_in / math.sqrt(2 * L),   # the residual branches
+                   "mlp.2.weight": fan_in / math.sqrt(2 * L)}.get(re.sub(r"^backbone\.blocks\.\d+\.", "", name), fan_in)
+            if weight.dim() == 2 and not name.startswith(keep):
+                weight.normal_(std=std)
+
+    def initial_state(self, batch_size: int) -> State:
+        """The learned memory (B, M, D), the same for every sequence, and an empty carry."""
+        memory = self.memory[:len(self.memory) * self.variant.recurrent]
+        return State(memory.expand(batch_size, -1, -1), self.backbone.initial_carry(batch_size))
+
+    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """One segment: tokens (B, T or fewer), state -> logits (B, T, V), next state.
+
+        Raises ValueError or TypeError for tokens or a state that do not fit this model.
+        """
+        check(self, tokens, state)
+        mask = self.mask(tokens.size(1), state.carry[0][0].size(1) if self.n_cache else 0)
+        x, carry = self.backbone(self.wrap(tokens, state.memory), mask, state.carry)
+        logits, memory = self.unwrap(x, state.memory)
+        return logits, State(memory, carry)
+
+    def wrap(self, tokens, memory):
+        """tokens (B, T), memory (B, M, D) -> x (B, N, D) = [read | tokens | write]."""
+        x = self.dropout(self.embed(tokens.long()))
+        memory = memory if self.variant.recurrent else self.memory.expand(len(tokens), -1, -1)
+        write = memory[:, :self.n_write]
+        if self.n_write and self.config.write_slot != "memory":  # departure: [RMT] feeds the incoming memory alone
+            write = self.write_embedding + (write if self.config.write_slot == "both" else torch.zeros_like(write))
+        return torch.cat([memory[:, :self.n_read], x, write], dim=1)
+
+    def unwrap(self, x, memory):
+        """x (B, N, D) -> logits (B, T, V), next memory (B, M, D)."""
+        read, tokens, write = x.split([self.n_read, x.size(1) - self.n_read - self.n_write, self.n_write], dim=1)
+        if self.variant.recurrent:
+            memory = self.hand_on(write if self.n_write else read)
+        return self.head(self.norm(tokens)), memory
+
+    def hand_on(self, written):
+        """What the next segment gets of the written rows (B, M, D)."""
+        if self.config.memory_form == "norm":
+            memory = self.norm(written)
+        else:                         # departure: unbounded, what is new drowns in an endless stream
+            memory = written.clone()  # a view would keep all rows of its segment alive
+        if self.training and self.config.memory_noise:  # departure: the network learns to restore what it keeps
+            size = self.config.memory_noise * torch.rand_like(memory[:, :1, :1])  # one size per sequence
+            memory = memory + size * torch.randn_like(memory) * memory.detach().square().mean(-1, keepdim=True).sqrt()
+        return memory
+
+    def mask(self, n_tokens, n_cache):
+        """The segment's mask, or None where it is plain causal, which fast GPU kernels know."""
+        form = "full" if self.variant.full else self.config.memory_mask
+        if form != "full" and n_cache == 0 and (form == "causal" or self.n_read + self.n_write == 0):
+            return None
+        return segment_mask(self.n_read, n_cache, n_tokens, self.n_write, form, self.memory.device)
+
+
+
+def check(model, tokens, state=None):
+    """Raise TypeError or ValueError unless tokens (B, length) fit the model; with a state, unless both fit as a segment."""
+    kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+    require(kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+            f"tokens are {kind} and must be a tensor of integers, for example torch.tensor([[1, 2, 3]])", TypeError)
+    require(tokens.dim() == 2 and tokens.numel() > 0,
+            f"tokens have shape {tuple(tokens.shape)} and must be (batch, length), neither of them 0")
+    if state is None or (tokens.is_cpu and not torch.compiler.is_compiling()):  # a GPU would have to wait at each segment
+        low, high, V = tokens.min().item(), tokens.max().item(), model.config.vocab_size
+        require(0 <= low and high < V, f"tokens reach from {low} to {high} and must lie in 0 .. {V - 1} (vocab_size={V})")
+    if state is not None:
+        B, T = tokens.shape
+        require(T <= model.config.segment_len, f"a segment of {T} tokens is longer than "
+                f"segment_len={model.config.segment_len}: give long sequences to unroll(model, tokens)")
+        require(isinstance(state, State), f"state is a {type(state).__name__} and must be a State: start from "
+                "model.initial_state(batch_size), or wrap what you loaded, State(*loaded)", TypeError)
+        given = [tuple(t.shape) for t in tensors(state)]
+        fits = (given[0] == (B, *model.shapes[0]) and len(given) == len(model.shapes)
+                and all((g[0], g[-1]) == (B, e[-1]) for g, e in zip(given, model.shapes, strict=True))
+                and (not model.n_cache or given[1][1] <= model.n_cache))
+        require(fits, f"a state of shapes {given} does not fit {model.config.variant!r} with {B} sequences: start from "
+                f"model.initial_state({B})")
+
+
+# -------------------------------------------------------------------------------------------------- 5. the segment loop
+# In: tokens (B, any length) and a state. Out: logits or new tokens, and the state after the last segment.
+
+def unroll(model, tokens: Tensor, state: State | None = None, bptt_depth: int | None = None, checkpoint: bool = False,
+           last_only: bool = False) -> tuple[Tensor, State]:
+    """Run a model over tokens (B, length), segment by segment -> logits (B, length, V), state after the last one.
+
+    state       where to start, default model.initial_state(B). To read a stream in pieces, pass the returned state on.
+    bptt_depth  boundaries that gradient may cross: None all, 0 none. Cuts are counted from the end, so the last segment's
+                loss reaches back exactly bptt_depth segments and any other loss at most that [RMT] sec. 3.
+    checkpoint  keep only the states and recompute each segment's activations in the backward pass.
+    last_only   the logits of the last segment only: without gradient, a million tokens take the memory of one segment.
+
+    "Depth k" has two other meanings in released code. Gradient in the last k segments only: unroll the others under
+    torch.no_grad, then those k. Every loss back through k segments: keep the detached state before each segment in a
+    list; for each s, unroll segments s - k .. s from states[s - k] with last_only and call backward.
+    Raises ValueError or TypeError for tokens, a state or a depth that do not fit.
+    """
+    check(model, tokens)
+    require(bptt_depth is None or (type(bptt_depth) is int and bptt_depth >= 0),
+            f"bptt_depth={bptt_depth!r} must be None (gradient crosses all boundaries) or an integer of at least 0")
+    state = model.initial_state(tokens.size(0)) if state is None else state
+    T, outputs = model.config.segment_len, []
+    n_segments = -(-tokens.size(1) // T)
+    for s in range(n_segments):
+        if bptt_depth is not None and s > 0 and (n_segments - s) % (bptt_depth + 1) == 0:
+            state = state.detach()  # never at s = 0, or the learned initial memory would not learn
+        segment = tokens[:, s * T:(s + 1) * T]
+        logits, state = recompute(model, segment, state, use_reentrant=False) if checkpoint else model(segment, state)
+        outputs = [logits] if last_only else [*outputs, logits]
+    return torch.cat(outputs, dim=1), state
+
+
+@torch.no_grad()
+def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temperature: float = 1.0,
+             top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Continue tokens (B, length), which begin at a segment boundary, by n_new tokens -> (B, n_new).
+
+    A full segment hands its memory on; until then each new token is computed from the segment so far, whose write rows
+    no token sees. Temperature 0 takes the most likely token, top_k samples among the k most likely. Call model.eval()
+    first. Raises ValueError or TypeError for bad arguments, and for a variant in which tokens see their own future.
+    """
+    check(model, tokens)
+    require(not model.variant.full, f"variant {model.config.variant!r} sees whole segments and cannot generate: use rmt")
+    require(type(n_new) is int and n_new > 0, f"n_new={n_new!r} must be an integer of at least 1")
+    require(0 <= temperature < math.inf, f"temperature={temperature!r} must be at least 0 (the most likely) and finite")
+    require(top_k is None or (type(top_k) is int and top_k > 0), f"top_k={top_k!r} must be None or an integer above 0")
+    T, state = model.config.segment_len, model.initial_state(len(tokens)) if state is None else state
+    n_full = (tokens.size(1) - 1) // T * T  # tokens of segments that are full and have a successor
+    if n_full:
+        _, state = unroll(model, tokens[:, :n_full], state, last_only=True)
+    segment, new = tokens[:, n_full:].long(), []
+    for _ in range(n_new):
+        logits, next_state = model(segment, state)
+        logits = logits[:, -1].float()
+        if top_k is not None:
+            logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+        new.append(logits.argmax(-1, keepdim=True) if temperature == 0 else
+                   torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        if segment.size(1) == T:
+            segment, state = new[-1], next_state
+        else:
+            segment = torch.cat([segment, new[-1]], dim=1)
+    return torch.cat(new, dim=1)
+
+
+@torch.no_grad()
+def attention_maps(model: RMT, tokens: Tensor, state: State) -> tuple[Tensor, list[int]]:
+    """Attention weights of all layers and heads for one segment, tokens (B, T); no cost when it is not called.
+
+    Returns weights (L, B, H, N, C + N), rows look and columns are seen, and the widths of the blocks of columns:
+    `read, cache, tokens, write = weights.split(widths, dim=-1)`; rows have the same blocks without the cache.
+    Raises ValueError for a backbone without Attention layers.
+    """
+    layers, weights = [layer for layer in model.modules() if isinstance(layer, Attention)], []
+    require(len(layers) > 0, "attention_maps needs a backbone with rmt.Attention layers, and this one has none")
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: weights.append(layer.weights(*args))) for layer in layers]
+    try:
+        model(tokens, state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    n_cache = weights[0].size(-1) - weights[0].size(-2)
+    return torch.stack(weights), [model.n_read, n_cache, tokens.size(1), model.n_write]
+
+
+def main():
+    """Walk one segment through a small model: shapes, mask, and the floats that each variant hands on."""
+    config = Config(vocab_size=10, segment_len=5, n_mem=2, d_model=16, n_head=2, cache_len=5)
+    model, tokens = RMT(config), torch.tensor([[3, 1, 4, 1, 5]])
+    state, mask = model.initial_state(1), model.mask(5, 0)
+    x = model.wrap(tokens, state.memory)
+    y, _ = model.backbone(x, mask, state.carry)
+    logits, memory = model.unwrap(y, state.memory)
+    for name, value in {"tokens": tokens, "memory": state.memory, "[read | tokens | write]": x, "after the backbone": y,
+                        "logits": logits, "memory, handed on": memory}.items():
+        print(f"{name:26}{tuple(value.shape)}")
+    print("\nThe mask: rows look, columns are seen, x = may look")
+    for name, row in zip(2 * ["read"] + 5 * ["tokens"] + 2 * ["write"], mask.tolist(), strict=True):
+        print(f"{name:26}{' '.join('.x'[may] for may in row)}")
+    print("\nFloats per sequence that cross a segment boundary")
+    for name in VARIANTS:
+        _, state = unroll(RMT(replace(config, variant=name)), tokens)
+        print(f"{name:26}{sum(t.numel() for t in tensors(state))}")
+
+
+if __name__ == "__main__":
+    main()
