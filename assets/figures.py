@@ -1,0 +1,168 @@
+"""Draw the README's pictures from the recorded results.
+
+    python assets/figures.py                                      draws assets/*.png from assets/results/*.json
+    python assets/figures.py gather length out/*/result.json      puts results of train_copy.py into one record
+
+train_copy.py takes the two pictures of a run from here.
+"""
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ASSETS = Path(__file__).parent
+
+
+def gather(name, paths):
+    """One line per run in assets/results/NAME.json."""
+    runs = [json.loads(Path(path).read_text()) for path in sorted(paths)]
+    lines = ",\n".join(json.dumps(run) for run in runs)
+    (ASSETS / "results" / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+
+
+def record(name):
+    """The runs of one record."""
+    return json.loads((ASSETS / "results" / f"{name}.json").read_text())
+
+
+def flag(run, name, default=None):
+    """The value of a flag in a run's command."""
+    words = run["command"].split()
+    return words[words.index(name) + 1] if name in words else default
+
+
+def save(figure, name):
+    """Write assets/NAME.png."""
+    figure.savefig(ASSETS / f"{name}.png", dpi=100)
+    plt.close(figure)
+
+
+def draw_training(args, runs):
+    """The losses, and the accuracy for each number of segments (of the second run, for the largest)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for line, (name, run) in zip(("-", "--"), runs.items(), strict=False):
+        steps = [row[1] for row in run["rows"]]
+        left.plot(steps, [row[3] for row in run["rows"]], line, color="black", label=name)
+        for i, n in enumerate(run["accuracy"]):
+            if line == "-" or n == args.segments:
+                shade = str(0.7 - 0.7 * (i + 1) / len(run["accuracy"]))
+                right.plot(steps, [row[4 + i] for row in run["rows"]], line, color=shade, label=f"{name}, {n} segments")
+    right.axhline(1 / args.symbols, color="0.6", linestyle=":", label="chance")
+    left.set(xlabel="training step", ylabel="loss, nats per answer symbol", title=f"{args.task}, seed {args.seed}")
+    right.set(xlabel="training step", ylabel="answer symbols right", ylim=(0, 1.03), title="by number of segments")
+    left.legend(fontsize=8)
+    right.legend(fontsize=7)
+    return figure
+
+
+def draw_attention(model, tokens, answer, text):
+    """The weights, the largest of all heads, of the first segment (a write) and of the one where the answer begins (a read).
+
+    tokens (1, length), answer the position of its first output, text a function that writes tokens as characters.
+    """
+    from rmt import attention_maps
+    T, n_layer, state = model.config.segment_len, model.config.n_layer, model.initial_state(1)
+    figure, axes = plt.subplots(2, n_layer, squeeze=False, figsize=(4 * n_layer, 7.6), layout="constrained")
+    for s, segment in enumerate(tokens.split(T, dim=1)[:answer // T + 1]):
+        weights, widths = attention_maps(model, segment, state)
+        names = ("read", "cache", text(segment[0]), "write")
+        for layer, axis in enumerate(axes[int(s > 0)] if s in (0, answer // T) else []):
+            axis.imshow(weights[layer, 0].amax(0).cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
+            for sizes, line, ticks in ((widths, axis.axvline, axis.set_xticks),
+                                       ([widths[0], 0, *widths[2:]], axis.axhline, axis.set_yticks)):
+                starts = [sum(sizes[:i]) - 0.5 for i in range(4)]
+                for start in starts[1:]:
+                    line(start, color="black", linewidth=0.8)
+                ticks([start + size / 2 for start, size in zip(starts, sizes, strict=True) if size],
+                      [name for name, size in zip(names, sizes, strict=True) if size])
+            title = f"{'write' if s == 0 else 'read'}: segment {s + 1}, layer {layer + 1}"
+            axis.set(title=title, xlabel="seen", ylabel="looks")
+        _, state = model(segment, state)
+    return figure
+
+
+def draw_method():
+    """Three segments, the memory handed over the top, the cache handed on inside each layer."""
+    figure, axis = plt.subplots(figsize=(10, 3.5), layout="constrained")
+    for s in range(3):
+        x = 4.2 * s
+        for layer in range(2):
+            axis.add_patch(plt.Rectangle((x, 1 + layer), 3, 0.8, facecolor="0.93", edgecolor="black"))
+            axis.text(x + 1.5, 1.4 + layer, f"layer {layer + 1}", ha="center", va="center", fontsize=9)
+            if s < 2:
+                axis.annotate("", (x + 4.2, 1.4 + layer), (x + 3, 1.4 + layer),
+                              arrowprops={"arrowstyle": "->", "linestyle": ":"})
+        for i, (name, shade) in enumerate([("read", "0.6"), ("tokens", "1"), ("write", "0.6")]):
+            axis.add_patch(plt.Rectangle((x + i, 0.2), 1, 0.5, facecolor=shade, edgecolor="black"))
+            axis.text(x + i + 0.5, 0.45, name, ha="center", va="center", fontsize=9)
+            axis.annotate("", (x + i + 0.5, 1), (x + i + 0.5, 0.7), arrowprops={"arrowstyle": "-", "color": "0.5"})
+        axis.text(x + 1.5, 3.2, "logits", ha="center", va="center", fontsize=9)
+        axis.annotate("", (x + 1.5, 3.05), (x + 1.5, 2.8), arrowprops={"arrowstyle": "->", "color": "0.5"})
+        axis.text(x + 1.5, -0.15, f"segment {s + 1}", ha="center", va="center", fontsize=10)
+        if s < 2:
+            axis.plot([x + 2.5, x + 2.5, x + 3.6, x + 3.6, x + 4.7], [2.8, 3.0, 3.0, -0.5, -0.5], color="black", lw=2)
+            for end in (4.7, 6.7):
+                axis.plot([x + 4.7, x + end, x + end], [-0.5, -0.5, -0.1], color="black", lw=2)
+                axis.annotate("", (x + end, 0.2), (x + end, -0.2), arrowprops={"arrowstyle": "-|>", "lw": 2})
+    axis.text(3.6, 3.25, "memory: the output of the write\nrows, over the top (RMT)", ha="center", fontsize=8.5)
+    axis.text(7.8, 3.25, "cache: inside each layer,\ndotted (Transformer-XL)", ha="center", fontsize=8.5)
+    axis.set(xlim=(-0.2, 11.6), ylim=(-0.7, 3.9))
+    axis.axis("off")
+    save(figure, "method")
+
+
+def draw_length():
+    """Accuracy of memorize and detect over the number of segments, with and without noise on the memory."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    published = {"memorize": 0.906, "detect": 0.961}
+    for axis, task in zip(axes, published, strict=True):
+        for noise, line, color in (("1.0", "-o", "black"), ("0", "--s", "0.55")):
+            runs = [run for run in record("length") if flag(run, "--task") == task and flag(run, "--memory-noise") == noise]
+            for i, run in enumerate(runs):
+                scores = {int(n): score["teacher_forced"] for n, score in run["results"]["rmt"].items() if n.isdigit()}
+                label = f"noise {noise} in training, {len(runs)} seeds" if i == 0 else None
+                axis.plot(scores.keys(), scores.values(), line, color=color, markersize=3, linewidth=1, label=label)
+        axis.plot(4096, published[task], "k*", markersize=11, label="published, trained on 7 segments")
+        axis.axvspan(2, 8, color="0.9", label="lengths seen in training")
+        axis.axhline(0.1, color="0.6", linestyle=":", label="chance")
+        axis.set(xscale="log", xlabel="segments between the first and the question", title=task, ylim=(0, 1.03))
+        axis.set_xscale("log", base=2)
+    axes[0].set_ylabel("fact symbols right")
+    axes[0].legend(fontsize=8, loc="lower left")
+    save(figure, "length")
+
+
+def draw_staircase():
+    """A fact D segments back is learned where bptt_depth reaches it; mixed distances need a depth of 1 only."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained",
+                                         width_ratios=(2, 1))
+    shades = {"1": "0", "2": "0.4", "3": "0.7"}
+    for axis, curriculum in ((left, "fixed"), (right, "random")):
+        runs = [run for run in record("staircase") if flag(run, "--curriculum") == curriculum]
+        for i, distance in enumerate(sorted({int(flag(run, "--segments")) - 1 for run in runs})):
+            here = [run for run in runs if int(flag(run, "--segments")) - 1 == distance]
+            depths = [int(flag(run, "--bptt-depth")) for run in here]
+            scores = [run["results"]["rmt"][str(distance + 1)]["teacher_forced"] for run in here]
+            offset = 0.08 * (i - 1) if curriculum == "fixed" else 0
+            name = f"D = {distance}" if curriculum == "fixed" else f"D = 1 .. {distance}, mixed; read at {distance}"
+            axis.plot([d + offset for d in depths], scores, "os^"[i], label=name, alpha=0.8,
+                      color=shades.get(str(distance), "0") if curriculum == "fixed" else "0")
+        axis.axhline(0.1, color="0.6", linestyle=":")
+        axis.set(xlabel="bptt_depth, boundaries", xticks=sorted({int(flag(run, "--bptt-depth")) for run in runs}))
+        axis.legend(fontsize=8, loc="center right")
+    left.set(ylabel="fact symbols right", title="the fact is always D segments back", ylim=(0, 1.05))
+    right.set(title="distances mixed")
+    save(figure, "staircase")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["gather"]:
+        gather(sys.argv[2], sys.argv[3:])
+    else:
+        draw_method()
+        draw_length()
+        draw_staircase()

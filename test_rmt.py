@@ -1,0 +1,743 @@
+"""What rmt.py claims: Equivalence, Memory, Gradient, Errors, and at the end the mutations that these tests notice.
+
+Exact claims are made in float64, on models of two layers and sixteen channels whose memory is drawn large enough to
+matter. The variants that a claim holds for are chosen by the columns of VARIANTS: a new row is tested for free. Some
+docstrings tell which mistake of released code a test is there for.
+"""
+import ast
+import copy
+import math
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rmt
+from rmt import RMT, VARIANTS, Attention, Config, State, attention_maps, generate, segment_mask, tensors, unroll
+
+SIZES = {"V": 11, "T": 4, "L": 2, "H": 2, "D": 16, "M": 3, "C": 5}
+V, T, L, H, D, M, C = SIZES.values()
+SOURCE = Path(rmt.__file__).read_text()
+
+
+class Recurrent(nn.Module):
+    """A backbone that is no Transformer: a GRU over the rows, which carries its hidden state."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(D, D, batch_first=True)
+
+    def initial_carry(self, batch_size):
+        return (torch.zeros(batch_size, D),)
+
+    def forward(self, x, mask, carry):
+        y, hidden = self.gru(x, carry[0][None])
+        return x + y, (hidden[0],)
+
+
+ROWS = VARIANTS | {f"{name} around a GRU": row._replace(block=Recurrent)
+                   for name, row in VARIANTS.items() if row.block is rmt.Block}
+CAUSAL = [name for name, row in ROWS.items() if not row.full]
+RECURRENT = [name for name, row in ROWS.items() if row.recurrent]
+READING = [name for name, row in VARIANTS.items() if row.read]
+CACHED = [name for name, row in VARIANTS.items() if row.block is rmt.CacheBlock]
+CROSSED = [name for name, row in ROWS.items() if row.recurrent or row.block not in (rmt.Block, rmt.CacheBlock)]
+
+
+def variants(names):
+    """Run a test for each of these keys of ROWS."""
+    return pytest.mark.parametrize("variant", names)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Models, and the rotary tables they compute when they are built, are in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def build(variant="rmt", **changes):
+    """A small model in eval mode, the same for the same arguments, in which memory and attention matter."""
+    torch.manual_seed(0)
+    config = {"variant": variant.split()[0], "vocab_size": V, "segment_len": T, "n_layer": L, "n_head": H, "d_model": D,
+              "n_mem": M, "cache_len": C}
+    model = RMT(Config(**config | changes), Recurrent() if variant.endswith("GRU") else None).eval()
+    with torch.no_grad():
+        model.memory.normal_()
+        model.write_embedding.normal_()
+        for weight in model.backbone.parameters():
+            weight.mul_(2)
+    return model
+
+
+def text(length, batch_size=2, seed=0):
+    """Random tokens (batch_size, length)."""
+    return torch.randint(V, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(logits, tokens):
+    """A loss that adds up over segments: every token is to be repeated."""
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
+
+
+def assert_close(actual, expected, tolerance=1e-12):
+    """Equal but for rounding in float64."""
+    torch.testing.assert_close(actual, expected, rtol=1000 * tolerance, atol=tolerance)
+
+
+@contextmanager
+def calls(*modules):
+    """A list that fills with (arguments, output) of every call of the modules."""
+    seen = []
+    hooks = [module.register_forward_hook(lambda _, arguments, output: seen.append((arguments, output)))
+             for module in modules]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def attention_in_loops(layer, x, context, mask):
+    """Weights and output of one Attention layer, one score at a time, rotary positions as complex numbers."""
+    (B, N, _), E, n_read, c = x.shape, D // H, layer.n_read, context.size(1) - x.size(1)
+    now = [row if row < n_read else layer.n_cache + row for row in range(N)]
+    seen = now[:n_read] + [layer.n_cache + n_read - c + column for column in range(c)] + now[n_read:]
+    w_q, w_k, w_v = (w.view(H, E, D) for w in layer.qkv.weight.split(D))
+    frequency = torch.tensor([10000.0 ** (-2 * pair / E) for pair in range(E // 2)])
+
+    def turned(row, position):
+        return torch.complex(row[:E // 2], row[E // 2:]) * torch.exp(1j * position * frequency)
+
+    def weights_of(b, head, row):
+        query, scores = turned(w_q[head] @ x[b, row], now[row]), []
+        for column in range(N + c):
+            key = turned(w_k[head] @ context[b, column], seen[column])
+            may_look = column <= row if mask is None else mask[row, column]
+            scores.append((query * key.conj()).real.sum().div(math.sqrt(E)).exp() if may_look else torch.zeros(()))
+        return torch.stack(scores) / sum(scores)
+
+    weights = torch.stack([weights_of(b, head, row) for b in range(B) for head in range(H) for row in range(N)])
+    weights, values = weights.view(B, H, N, N + c), torch.einsum("bcd,hed->bhce", context, w_v)
+    return weights, torch.einsum("bhnc,bhce->bnhe", weights, values).flatten(-2) @ layer.out.weight.T
+
+
+class TestEquivalence:
+    """Two computations of one thing agree."""
+
+    @pytest.mark.parametrize("n_layer", [1, 3])
+    @pytest.mark.parametrize("split", [[11], [4, 4, 3], [1, 4, 2, 4], [10, 1], [1] * 11], ids=str)
+    def test_transformer_xl_with_a_long_cache_equals_one_long_transformer(self, n_layer, split):
+        """The most-used port joins a cache with absolute positions: two tokens share one position."""
+        whole = build("transformer", segment_len=11, n_layer=n_layer)
+        cached = build("transformer_xl", segment_len=11, n_layer=n_layer, cache_len=12)
+        cached.load_state_dict(whole.state_dict())
+        tokens, state, pieces = text(11), cached.initial_state(2), []
+        for segment in tokens.split(split, dim=1):
+            logits, state = cached(segment, state)
+            pieces.append(logits)
+        assert_close(torch.cat(pieces, dim=1), unroll(whole, tokens)[0])
+
+    @pytest.mark.parametrize("n_read, n_cached, n_write, form", [
+        (0, 0, 0, None), (2, 0, 2, None), (2, 0, 0, "full"), (2, 0, 2, "paper"), (2, 3, 2, "paper"), (2, 5, 2, "paper"),
+        (0, 2, 0, "causal"), (2, 3, 2, "causal"), (2, 5, 0, "full")])
+    def test_attention_equals_loops_over_complex_rotations(self, n_read, n_cached, n_write, form):
+        layer = Attention(build(n_mem=2).config, n_read, n_cache=5 if n_cached else 0)
+        x = torch.randn(2, n_read + 3 + n_write, D, requires_grad=True)
+        cache = torch.randn(2, n_cached, D, requires_grad=True)
+        context = torch.cat([x[:, :n_read], cache, x[:, n_read:]], dim=1)
+        mask = segment_mask(n_read, n_cached, 3, n_write, form) if form else None
+        (weights, expected), actual = attention_in_loops(layer, x, context, mask), layer(x, context, mask)
+        assert_close(actual, expected)
+        assert_close(layer.weights(x, context, mask), weights)
+        direction, inputs = torch.randn_like(x), [x, layer.qkv.weight, layer.out.weight, *[cache] * (n_cached > 0)]
+        assert_close(torch.autograd.grad(actual, inputs, direction), torch.autograd.grad(expected, inputs, direction))
+
+    @variants(READING)
+    def test_memory_hidden_from_the_tokens_leaves_the_model_without_memory(self, variant, monkeypatch):
+        row = VARIANTS[variant]._replace(read=False, write=False, recurrent=False, full=False)
+        monkeypatch.setitem(VARIANTS, "memoryless", row)
+        model, memoryless, tokens = build(variant), build("memoryless"), text(11)
+        memoryless.load_state_dict(model.state_dict() | {"memory": torch.empty(0, D)})
+
+        def hidden(n_tokens, n_cache):
+            mask = segment_mask(model.n_read, n_cache, n_tokens, model.n_write, "causal")
+            mask[model.n_read:, :model.n_read] = False
+            return mask
+
+        expected = unroll(memoryless, tokens)[0]
+        assert not torch.allclose(unroll(model, tokens)[0], expected)
+        monkeypatch.setattr(model, "mask", hidden)
+        assert_close(unroll(model, tokens)[0], expected)
+
+    @variants(ROWS)
+    def test_stop_save_load_and_resume_equals_one_run(self, variant, tmp_path):
+        """The ARMT code keeps its state on the modules, where it is lost on save. Here it is a value."""
+        model, tokens, pieces = build(variant), text(14), []
+        logits, end = unroll(model, tokens)
+        state = model.initial_state(2)
+        for segment in tokens.split(T, dim=1):
+            piece, state = model(segment, state)
+            pieces.append(piece)
+            torch.save(tuple(state), tmp_path / "state.pt")
+            state = State(*torch.load(tmp_path / "state.pt"))
+            rest = tokens[:, T * len(pieces):]
+            if rest.numel():
+                assert torch.equal(torch.cat([*pieces, unroll(model, rest, state)[0]], dim=1), logits)
+        assert torch.equal(torch.cat(pieces, dim=1), logits)
+        assert all(map(torch.equal, tensors(state), tensors(end)))
+        assert torch.equal(unroll(model, tokens, last_only=True)[0], logits[:, 12:])
+
+    @variants(ROWS)
+    @pytest.mark.parametrize("bptt_depth", [None, 1])
+    def test_checkpointed_gradients_equal_plain_ones(self, variant, bptt_depth):
+        """The most-used port uses the cache in one of its two passes only: gradients off by up to 81 percent."""
+        model, tokens, results = build(variant, dropout=0.3, memory_noise=0.5).train(), text(15), []
+        for checkpoint in (False, True):
+            torch.manual_seed(1)
+            logits, state = unroll(model, tokens, bptt_depth=bptt_depth, checkpoint=checkpoint)
+            loss_of(logits, tokens).backward()
+            results.append([logits.detach(), *tensors(state.detach()), *gradients_of(model)])
+        assert_close(*results)
+
+    @variants(ROWS)
+    def test_sequences_of_a_batch_do_not_touch(self, variant):
+        """The released diagonal batching is right for a batch of one only."""
+        model, tokens, order = build(variant), text(11, batch_size=4), torch.tensor([2, 0, 3, 1])
+        logits, state = unroll(model, tokens)
+        permuted_logits, permuted_state = unroll(model, tokens[order])
+        assert_close(permuted_logits, logits[order])
+        assert_close(permuted_state, rmt.map_tensors(lambda t: t[order], state))
+        assert_close(unroll(model, tokens[:1])[0], logits[:1])
+
+    @variants(CAUSAL)
+    def test_a_short_last_segment_equals_the_start_of_a_full_one(self, variant):
+        model, tokens = build(variant), text(12)
+        logits, _ = unroll(model, tokens)
+        for length in range(1, 12):
+            assert_close(unroll(model, tokens[:, :length])[0], logits[:, :length])
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+    def test_tokens_of_every_integer_type_mean_the_same(self, dtype):
+        model, tokens = build(), text(11)
+        assert torch.equal(unroll(model, tokens.to(dtype))[0], unroll(model, tokens)[0])
+        assert torch.equal(generate(model, tokens.to(dtype), 6, top_k=1), generate(model, tokens, 6, top_k=1))
+
+    @variants(CAUSAL)
+    @pytest.mark.parametrize("n_prompt", range(1, 2 * T + 2))
+    def test_streaming_generation_equals_offline_argmax(self, variant, n_prompt):
+        """Later RMT code goes on behind the write tokens, and never hands memory on while it generates.
+
+        One offline pass over prompt and answer is enough: the test above says that it equals a pass over each prefix.
+        """
+        model, prompt = build(variant), text(n_prompt)
+        for state in (None, unroll(model, text(8, seed=1))[1]):
+            new = generate(model, prompt, 3 * T, state, temperature=0)
+            logits, _ = unroll(model, torch.cat([prompt, new], dim=1), state)
+            assert torch.equal(new, logits[:, n_prompt - 1:-1].argmax(-1))
+            assert torch.equal(new, generate(model, prompt, 3 * T, state, top_k=1))
+
+    @pytest.mark.parametrize("temperature, top_k", [(1, None), (0.3, None), (3, None), (1, 3), (2, 5), (1, 99)])
+    def test_generate_samples_the_softmax_of_the_most_likely_tokens(self, temperature, top_k):
+        model, prompt, n_draws = build(), text(6, batch_size=1), 4000
+        logits = unroll(model, prompt)[0][0, -1]
+        best = logits.topk(min(top_k or V, V)).indices
+        expected = torch.zeros(V).scatter(0, best, (logits[best] / temperature).softmax(0))
+        new = generate(model, prompt.expand(n_draws, -1), 1, temperature=temperature, top_k=top_k,
+                       generator=torch.Generator().manual_seed(0))
+        drawn = new.flatten().bincount(minlength=V) / n_draws
+        assert ((drawn - expected).abs() <= 5 * (expected * (1 - expected) / n_draws).sqrt()).all()
+
+    def test_generate_repeats_itself_with_the_same_generator_seed(self):
+        first, again, other = (generate(build(), text(6), 30, generator=torch.Generator().manual_seed(seed))
+                               for seed in (1, 1, 2))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+    @variants(VARIANTS)
+    def test_autocast_to_bfloat16_stays_close_to_float32(self, variant):
+        torch.set_default_dtype(torch.float32)
+        model, tokens = RMT(build(variant).config), text(15)
+        expected, _ = unroll(model, tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, state = unroll(model, tokens, bptt_depth=1)
+            loss = loss_of(logits, tokens)
+        loss.backward()
+        torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.05)
+        assert all(t.isfinite().all() for t in [*tensors(state), *gradients_of(model)])
+
+    @variants(ROWS)
+    @pytest.mark.parametrize("tie_weights", [False, True])
+    def test_copies_and_state_dicts_give_the_same_logits(self, variant, tie_weights):
+        model, loaded = build(variant, tie_weights=tie_weights), build(variant, tie_weights=tie_weights)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight))
+        loaded.load_state_dict(model.state_dict())
+        for other in (loaded, copy.deepcopy(model)):
+            assert torch.equal(unroll(other, text(11))[0], unroll(model, text(11))[0])
+            assert (other.head.weight is other.embed.weight) == tie_weights
+
+    def test_tied_weights_learn_from_both_ends(self):
+        tied, free, tokens = build(tie_weights=True), build(), text(11)
+        free.load_state_dict(tied.state_dict())
+        for model in (tied, free):
+            loss_of(unroll(model, tokens)[0], tokens).backward()
+        assert tied.head.weight is tied.embed.weight
+        assert_close(tied.embed.weight.grad, free.embed.weight.grad + free.head.weight.grad)
+
+    def test_a_foreign_backbone_keeps_its_own_weights(self):
+        backbone = Recurrent()
+        before = copy.deepcopy(backbone.state_dict())
+        assert_close(dict(RMT(build().config, backbone).backbone.state_dict()), dict(before), 0)
+
+
+PICTURES = {  # rows look, columns are seen: read, cache, tokens, write
+    ("paper", 2, 1, 3, 2): "xx . ... ..|xx . ... ..|xx x x.. ..|xx x xx. ..|xx x xxx ..|xx . xxx xx|xx . xxx xx",
+    ("causal", 2, 1, 3, 2): "x. . ... ..|xx . ... ..|xx x x.. ..|xx x xx. ..|xx x xxx ..|xx x xxx x.|xx x xxx xx",
+    ("full", 1, 2, 2, 1): "x xx xx x|x xx xx x|x xx xx x|x xx xx x",
+    ("paper", 1, 0, 2, 1): "x .. .|x x. .|x xx .|x xx x",
+    ("causal", 2, 0, 2, 1): "x. .. .|xx .. .|xx x. .|xx xx .|xx xx x",
+    ("full", 2, 0, 1, 0): "xx x|xx x|xx x",
+    ("paper", 0, 3, 2, 0): "xxx x.|xxx xx",
+    ("causal", 0, 3, 2, 0): "xxx x.|xxx xx",
+}
+
+
+def changes_of(model, tokens):
+    """For every token, the positions whose logits change when it is edited."""
+    logits, changes = unroll(model, tokens)[0], []
+    for position in range(tokens.size(1)):
+        edited = tokens.clone()
+        edited[:, position] = (edited[:, position] + 1) % V
+        changes.append((unroll(model, edited)[0] != logits).any(-1).any(0).nonzero().flatten().tolist())
+    return changes
+
+
+class TestMemory:
+    """What crosses a boundary, what does not, and who sees it."""
+
+    @pytest.mark.parametrize("form, n_read, n_cache, n_tokens, n_write", PICTURES)
+    def test_mask_equals_its_picture(self, form, n_read, n_cache, n_tokens, n_write):
+        mask = segment_mask(n_read, n_cache, n_tokens, n_write, form)
+        picture = PICTURES[form, n_read, n_cache, n_tokens, n_write].replace(" ", "").split("|")
+        assert ["".join(".x"[may_look] for may_look in row) for row in mask.tolist()] == picture
+
+    @variants(CAUSAL)
+    @pytest.mark.parametrize("memory_mask", ["paper", "causal"])
+    def test_no_token_sees_the_future(self, variant, memory_mask):
+        changes = changes_of(build(variant, memory_mask=memory_mask), text(11))
+        assert [positions[0] for positions in changes] == list(range(11))
+
+    @variants([name for name, row in VARIANTS.items() if row.full])
+    def test_an_encoder_sees_its_whole_segment_and_no_later_one(self, variant):
+        assert [positions[0] for positions in changes_of(build(variant), text(11))] == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8]
+
+    @pytest.mark.parametrize("n_layer, cache_len, reach", [(2, 4, 11), (3, 8, 27), (2, 2, 9), (3, 3, 14)])
+    def test_caches_of_all_layers_add_up_to_the_reach_of_transformer_xl(self, n_layer, cache_len, reach):
+        """T - 1 + L C tokens where C is a multiple of T, and T - 1 + (L - 1) T + C where it is below T."""
+        changes = changes_of(build("transformer_xl", n_layer=n_layer, cache_len=cache_len), text(32))
+        assert [position for position in range(32) if 31 in changes[position]] == list(range(31 - reach, 32))
+
+    @variants([name for name in CAUSAL if name in VARIANTS])
+    def test_read_rows_see_no_segment_and_no_token_sees_write_rows_which_see_all(self, variant):
+        model, segment = build(variant), text(3)
+        weights, widths = attention_maps(model, segment, unroll(model, text(8, seed=1))[1])
+        look = (weights > 0).flatten(0, 2).split([model.n_read, 3, model.n_write], dim=1)
+        read, tokens, write = (rows.split(widths, dim=-1) for rows in look)
+        assert read[0].all() and not any(block.any() for block in read[1:])
+        assert tokens[0].all() and tokens[1].all() and not tokens[3].any()
+        assert (tokens[2] == torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])).all()
+        assert write[0].all() and write[2].all() and write[3].all() and not write[1].any()
+
+    @variants(VARIANTS)
+    @pytest.mark.parametrize("n_before", [0, T, 3 * T])
+    def test_attention_maps_equal_loops_and_leave_the_model_as_it_was(self, variant, n_before):
+        model, segment = build(variant), text(3)
+        state = unroll(model, text(n_before, seed=1))[1] if n_before else model.initial_state(2)
+        layers = [module for module in model.modules() if isinstance(module, Attention)]
+        with calls(*layers) as seen:
+            logits, _ = model(segment, state)
+        weights, widths = attention_maps(model, segment, state)
+        in_loops = [attention_in_loops(layer, *given)[0] for layer, (given, _) in zip(layers, seen, strict=True)]
+        assert_close(weights, torch.stack(in_loops))
+        assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        assert widths == [model.n_read, min(n_before, model.n_cache), 3, model.n_write]
+        assert torch.equal(model(segment, state)[0], logits)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+    @variants(ROWS)
+    def test_earlier_segments_count_through_the_state_alone(self, variant):
+        """In the original RMT code the Transformer-XL baseline's cache leaks from one sample into the next."""
+        model, segment = build(variant), text(T)
+        start = model.initial_state(2)
+        alone, _ = model(segment, start)
+        states = [unroll(model, text(8, seed=seed))[1] for seed in (1, 2)]
+        assert torch.equal(model(segment, start)[0], alone)
+        assert torch.equal(model(segment, model.initial_state(2))[0], alone)
+        carried = [model(segment, state)[0] for state in states]
+        assert torch.equal(*carried) == (not any(t.numel() for t in tensors(states[0])))
+        cut = [model(segment, state._replace(memory=start.memory))[0] for state in states]
+        assert torch.equal(*cut) == (not any(t.numel() for t in tensors(states[0].carry)))
+
+    @variants(CACHED)
+    @pytest.mark.parametrize("cache_len", [1, 3, 4, 6, 8, 20])
+    def test_cache_is_the_last_inputs_of_every_layer_without_memory_rows_or_gradient(self, variant, cache_len):
+        model = build(variant, cache_len=cache_len)
+        inputs, state = [torch.empty(2, 0, D)] * L, model.initial_state(2)
+        for segment in text(15).split([4, 1, 3, 4, 2, 1], dim=1):
+            with calls(*model.backbone.blocks) as seen:
+                _, state = model(segment, state)
+            for layer, ((x, *_), _) in enumerate(seen):
+                tokens = x[:, model.n_read:x.size(1) - model.n_write]
+                inputs[layer] = torch.cat([inputs[layer], tokens], dim=1)
+                (cache,) = state.carry[layer]
+                assert torch.equal(cache, inputs[layer][:, -cache_len:]) and not cache.requires_grad
+
+    @variants(VARIANTS)
+    def test_state_has_as_many_floats_as_the_table_of_variants_says(self, variant):
+        comment = re.search(rf'"{variant}": .*\),\s+# ([^\[\n]+)', SOURCE).group(1).strip()
+        _, state = unroll(build(variant), text(12, batch_size=1))
+        assert sum(t.numel() for t in tensors(state)) == eval(re.sub(r"(?<=\w) (?=\w)", "*", comment), {}, SIZES)
+
+    @variants(VARIANTS)
+    @pytest.mark.parametrize("changes", [
+        {"segment_len": 1, "n_mem": 1}, {"segment_len": 1, "cache_len": 1}, {"cache_len": 3}, {"cache_len": 4},
+        {"cache_len": 9}, {"segment_len": 20}, {"n_mem": 7}], ids=str)
+    def test_shapes_at_odd_sizes(self, variant, changes):
+        model = build(variant, **changes)
+        for batch_size in (1, 3):
+            logits, state = unroll(model, text(10, batch_size))
+            assert logits.shape == (batch_size, 10, V) and logits.isfinite().all()
+            assert state.memory.shape == (batch_size, model.config.n_mem * model.variant.recurrent, D)
+            for cache in tensors(state.carry) if variant in CACHED else ():
+                assert cache.shape == (batch_size, min(10, model.config.cache_len), D)
+
+    @variants(RECURRENT)
+    @pytest.mark.parametrize("memory_form", ["norm", "raw"])
+    def test_handed_on_memory_is_the_written_rows_normed_or_raw(self, variant, memory_form):
+        """Raw memory is a copy: a view would keep all rows of its segment alive."""
+        model = build(variant, memory_form=memory_form)
+        model.norm.weight.data.normal_()
+        with calls(model.backbone) as seen:
+            _, state = model(text(T), model.initial_state(2))
+        _, (x, _) = seen[0]
+        written = x[:, -M:] if model.n_write else x[:, :M]
+        assert torch.equal(state.memory, model.norm(written) if memory_form == "norm" else written)
+        assert state.memory.untyped_storage().nbytes() == 8 * state.memory.numel()
+
+    @variants([name for name in RECURRENT if name in VARIANTS])
+    def test_memory_is_bounded_for_a_thousand_segments_and_grows_where_it_is_raw(self, variant):
+        size = {}
+        for memory_form, n_segments in (("norm", 1000), ("raw", 20), ("raw", 200)):
+            model = build(variant, segment_len=1, memory_form=memory_form)
+            with torch.no_grad():
+                _, state = unroll(model, text(n_segments, batch_size=1), last_only=True)
+            size[memory_form, n_segments] = state.memory.square().mean().sqrt()
+        assert size["norm", 1000] <= 1 and size["raw", 200] > 5 * size["raw", 20]
+
+    @variants([name for name, row in ROWS.items() if row.write and row.recurrent])
+    @pytest.mark.parametrize("write_slot", ["memory", "embedding", "both"])
+    def test_write_rows_are_fed_what_write_slot_names(self, variant, write_slot):
+        model, memory = build(variant, write_slot=write_slot), torch.randn(2, M, D)
+        fed = memory * (write_slot != "embedding")
+        fed = fed + model.write_embedding if write_slot != "memory" else fed
+        before = [memory] * model.variant.read
+        assert torch.equal(model.wrap(text(T), memory), torch.cat([*before, model.embed(text(T)), fed], dim=1))
+
+    @pytest.mark.parametrize("memory_form", ["norm", "raw"])
+    def test_memory_noise_has_one_size_per_sequence_up_to_its_fraction_of_the_rms(self, memory_form):
+        model = build(d_model=64, memory_noise=0.3, memory_form=memory_form)
+        written = torch.randn(1000, 16, 64) * torch.logspace(-1, 1, 16)[:, None]
+        clean, noisy = model.eval().hand_on(written), model.train().hand_on(written)
+        per_row = ((noisy - clean).square().mean(-1) / clean.square().mean(-1)).sqrt()
+        per_sequence = per_row.square().mean(-1).sqrt()
+        assert per_sequence.max() < 0.3 * 1.1 and per_sequence.min() < 0.01 and abs(per_sequence.mean() - 0.15) < 0.01
+        assert (per_row / per_sequence[:, None]).std() < 0.12
+
+    @variants(ROWS)
+    def test_dropout_and_memory_noise_act_in_training_alone(self, variant):
+        for changes in [{"dropout": 0.5}] + [{"memory_noise": 0.5}] * (variant in RECURRENT):
+            model = build(variant, **changes)
+            assert torch.equal(unroll(model, text(11))[0], unroll(build(variant), text(11))[0])
+            model.train()
+            assert not torch.allclose(unroll(model, text(11))[0], unroll(model, text(11))[0])
+
+    @variants(READING)
+    def test_initial_memory_rows_differ(self, variant):
+        """In the original RMT code all memory tokens start as one vector."""
+        assert torch.pdist(RMT(build(variant).config).memory.detach()).min() > 0.02
+
+
+def gradients_of(model):
+    """The gradients of all parameters, taken off the model."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    model.zero_grad()
+    return gradients
+
+
+def gradient_reach(model, n_segments, bptt_depth):
+    """For every segment, the segments whose embedded tokens its logits send gradient to."""
+    with calls(model.embed) as seen:
+        logits, _ = unroll(model, text(n_segments * T), bptt_depth=bptt_depth)
+    embedded = [output for _, output in seen]
+    gradients = [torch.autograd.grad(segment.square().sum(), embedded, retain_graph=True, materialize_grads=True)
+                 for segment in logits.split(T, dim=1)]
+    return [[t for t, gradient in enumerate(row) if gradient.any()] for row in gradients]
+
+
+def gradients_by_pair(variant, n_segments):
+    """[s][t]: what the loss of segment s says to the weights that segment t used, each with a copy of its own."""
+    models, tokens, losses = [build(variant) for _ in range(n_segments)], text(n_segments * T), []
+    state = models[0].initial_state(2)
+    for model, segment in zip(models, tokens.split(T, dim=1), strict=True):
+        logits, state = model(segment, state)
+        losses.append(loss_of(logits, segment))
+    return [[torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, materialize_grads=True)
+             for model in models] for loss in losses]
+
+
+def sum_over(pairs, kept):
+    """The sum of gradients_by_pair over the kept pairs (s, t), weight by weight."""
+    return [sum(weight) for weight in zip(*[pairs[s][t] for s, t in kept], strict=True)]
+
+
+class TestGradient:
+    """How far gradient reaches, exactly."""
+
+    @variants(CROSSED)
+    def test_truncated_gradient_reaches_exactly_bptt_depth_segments_back(self, variant):
+        """Later RMT code detaches a name that nobody reads, so that every depth there is full backpropagation.
+
+        The original RMT code takes 0 for "none" in one script and for "all" in another.
+        """
+        model = build(variant)
+        for n_segments in range(1, 7):
+            for bptt_depth in (0, 1, 2, 3, 4, 5, 6, None):
+                depth, reach = 6 if bptt_depth is None else bptt_depth, gradient_reach(model, n_segments, bptt_depth)
+                assert reach[-1] == list(range(max(0, n_segments - 1 - depth), n_segments))
+                assert all(row == list(range(row[0], s + 1)) and row[0] >= s - depth for s, row in enumerate(reach))
+
+    @variants([name for name in ROWS if name not in CROSSED])
+    def test_without_recurrent_memory_no_gradient_crosses(self, variant):
+        """A Transformer-XL cache carries information, as above, and no gradient [TXL] sec. 3.2."""
+        assert gradient_reach(build(variant), 4, None) == [[0], [1], [2], [3]]
+
+    @variants(CROSSED)
+    def test_truncated_gradient_is_its_share_of_the_full_one(self, variant):
+        """The original RMT code replays k segments from the newest memory, not from the one k segments ago."""
+        model, pairs = build(variant), gradients_by_pair(variant, 6)
+        for n_segments in range(1, 7):
+            tokens = text(6 * T)[:, :n_segments * T]
+            full_logits, _ = unroll(model, tokens)
+            for bptt_depth in (0, 1, 2, 3, 4, 5, 6, None):
+                logits, _ = unroll(model, tokens, bptt_depth=bptt_depth)
+                assert torch.equal(logits, full_logits)
+                loss_of(logits, tokens).backward()
+                depth = 6 if bptt_depth is None else bptt_depth
+                cuts = range(n_segments - 1 - depth, 0, -depth - 1)
+                kept = [(s, t) for s in range(n_segments) for t in range(s + 1)
+                        if not any(t < cut <= s for cut in cuts)]
+                assert_close(gradients_of(model), sum_over(pairs, kept), 1e-10)
+
+    @variants(CROSSED)
+    def test_the_two_other_meanings_of_depth_work_as_unroll_describes(self, variant):
+        model, pairs, tokens, k = build(variant), gradients_by_pair(variant, 5), text(5 * T), 2
+        with torch.no_grad():
+            _, state = unroll(model, tokens[:, :-k * T])
+        logits, _ = unroll(model, tokens[:, -k * T:], state)
+        loss_of(logits, tokens[:, -k * T:]).backward()
+        assert_close(gradients_of(model), sum_over(pairs, [(3, 3), (4, 3), (4, 4)]), 1e-10)
+
+        segments, states = tokens.split(T, dim=1), [model.initial_state(2)]
+        for segment in segments:
+            states.append(model(segment, states[-1])[1].detach())
+        for s, segment in enumerate(segments):
+            first = max(0, s - k)
+            logits, _ = unroll(model, torch.cat(segments[first:s + 1], dim=1), states[first], last_only=True)
+            loss_of(logits, segment).backward()
+        kept = [(s, t) for s in range(5) for t in range(s + 1) if s - t <= k]
+        assert_close(gradients_of(model), sum_over(pairs, kept), 1e-10)
+
+    @variants([name for name in RECURRENT if name in VARIANTS])
+    def test_initial_memory_learns_at_every_depth(self, variant):
+        model, tokens = build(variant), text(4 * T)
+        for bptt_depth in (0, 1, 2, 3, None):
+            loss_of(unroll(model, tokens, bptt_depth=bptt_depth)[0], tokens).backward()
+            assert model.memory.grad is not None and all(row.any() for row in model.memory.grad)
+            model.zero_grad()
+
+    @variants(CROSSED)
+    def test_detach_cuts_and_keeps_the_values(self, variant):
+        _, state = unroll(build(variant), text(8))
+        cut = state.detach()
+        assert any(t.requires_grad for t in tensors(state)) and not any(t.requires_grad for t in tensors(cut))
+        assert isinstance(cut, State) and all(map(torch.equal, tensors(cut), tensors(state)))
+
+
+def segment_of(tokens, state=None, variant="rmt"):
+    """Run one segment, from the initial state for two sequences unless another is given."""
+    model = build(variant)
+    return model(tokens, state or model.initial_state(2))
+
+
+def state_of(variant="rmt", batch_size=2, **changes):
+    """The state of another model after 20 tokens."""
+    return unroll(build(variant, **changes), text(20, batch_size))[1]
+
+
+ERRORS = [  # a mistake, and what its message must say
+    (lambda: Config(d_model=18), ValueError, "d_model=18 must be divisible by 2 * n_head=8"),
+    (lambda: Config(memory_form="layer"), ValueError, "memory_form='layer' must be one of norm, raw"),
+    (lambda: Config(write_slot="read"), ValueError, "write_slot='read' must be one of memory, embedding, both"),
+    (lambda: Config(memory_mask="full"), ValueError, "memory_mask='full' must be one of paper, causal"),
+    (lambda: Config(dropout=1.0), ValueError, "dropout=1.0 must be at least 0 and below 1"),
+    (lambda: Config(dropout=-0.1), ValueError, "dropout=-0.1 must be at least 0 and below 1"),
+    (lambda: Config(memory_noise=-1), ValueError, "memory_noise=-1 must be at least 0 and finite"),
+    (lambda: Config(memory_noise=math.inf), ValueError, "memory_noise=inf must be at least 0 and finite"),
+    (lambda: build("lstm"), ValueError, "variant='lstm' must be one of transformer, mem_transformer"),
+    (lambda: segment_of([[1, 2]]), TypeError, "tokens are list and must be a tensor of integers, for example"),
+    (lambda: segment_of(torch.rand(2, 3)), TypeError, "tokens are torch.float64 and must be a tensor of integers"),
+    (lambda: segment_of(text(3) > 5), TypeError, "tokens are torch.bool and must be a tensor of integers"),
+    (lambda: segment_of(text(3)[0]), ValueError, "tokens have shape (3,) and must be (batch, length)"),
+    (lambda: segment_of(text(0)), ValueError, "tokens have shape (2, 0) and must be (batch, length), neither of"),
+    (lambda: unroll(build(), text(3, 0)), ValueError, "tokens have shape (0, 3) and must be (batch, length)"),
+    (lambda: segment_of(torch.tensor([[3, 11]])), ValueError, "tokens reach from 3 to 11 and must lie in 0 .. 10"),
+    (lambda: unroll(build(), torch.tensor([[-1, 4]])), ValueError, "tokens reach from -1 to 4 and must lie in 0 .. 10"),
+    (lambda: generate(build(), torch.tensor([[12]]), 1), ValueError, "tokens reach from 12 to 12 and must lie in"),
+    (lambda: segment_of(text(5)), ValueError, "a segment of 5 tokens is longer than segment_len=4: give long"),
+    (lambda: segment_of(text(3), tuple(state_of())), TypeError, "state is a tuple and must be a State: start from"),
+    (lambda: segment_of(text(3), state_of(batch_size=3)), ValueError, "start from model.initial_state(2)"),
+    (lambda: segment_of(text(3), state_of(n_mem=2)), ValueError, "a state of shapes [(2, 2, 16)] does not fit 'rmt'"),
+    (lambda: segment_of(text(3), state_of(d_model=32)), ValueError, "a state of shapes [(2, 3, 32)] does not fit"),
+    (lambda: segment_of(text(3), state_of("rmt_xl")), ValueError, "does not fit 'rmt' with 2 sequences"),
+    (lambda: unroll(build("rmt_xl"), text(3), state_of()), ValueError, "does not fit 'rmt_xl' with 2 sequences"),
+    (lambda: segment_of(text(3), state_of("rmt_xl", n_layer=3), "rmt_xl"), ValueError, "does not fit 'rmt_xl'"),
+    (lambda: segment_of(text(3), state_of("rmt_xl", cache_len=6), "rmt_xl"), ValueError, "(2, 6, 16)] does not fit"),
+    (lambda: unroll(build(), text(3), bptt_depth=-1), ValueError, "bptt_depth=-1 must be None (gradient crosses all"),
+    (lambda: unroll(build(), text(3), bptt_depth=2.0), ValueError, "bptt_depth=2.0 must be None (gradient crosses all"),
+    (lambda: unroll(build(), text(3), bptt_depth=True), ValueError, "bptt_depth=True must be None (gradient"),
+    (lambda: generate(build(), text(3), 0), ValueError, "n_new=0 must be an integer of at least 1"),
+    (lambda: generate(build(), text(3), 2.0), ValueError, "n_new=2.0 must be an integer of at least 1"),
+    (lambda: generate(build(), text(3), 1, temperature=-1), ValueError, "temperature=-1 must be at least 0 (the most"),
+    (lambda: generate(build(), text(3), 1, temperature=math.nan), ValueError, "temperature=nan must be at least 0"),
+    (lambda: generate(build(), text(3), 1, top_k=0), ValueError, "top_k=0 must be None or an integer above 0"),
+    (lambda: generate(build("rmt_encoder"), text(3), 1), ValueError, "sees whole segments and cannot generate"),
+    (lambda: attention_maps(build("rmt around a GRU"), text(3), build("rmt around a GRU").initial_state(2)), ValueError,
+     "attention_maps needs a backbone with rmt.Attention layers, and this one has none"),
+    *[(lambda name=name: build(name, n_mem=0), ValueError, f"n_mem=0 must be at least 1 for '{name}'")
+      for name in READING],
+    *[(lambda name=name: build(name, cache_len=0), ValueError, f"cache_len=0 must be at least 1 for '{name}'")
+      for name in CACHED],
+    *[(lambda name=name: build(f"{name} around a GRU"), ValueError, "choose one of transformer, mem_transformer")
+      for name in CACHED],
+    *[(lambda name=name, value=value: Config(**{name: value}), ValueError, f"{name}={value!r} must be an integer")
+      for name in ("vocab_size", "segment_len", "n_layer", "n_head", "d_model", "n_mem", "cache_len")
+      for value in (-1, 8.0, True, "8", *[0] * (name not in ("n_mem", "cache_len")))],
+]
+
+
+class TestErrors:
+    """A mistake is refused at the border, with its value and what to do instead."""
+
+    @pytest.mark.parametrize("mistake, error, message", ERRORS, ids=[message for _, _, message in ERRORS])
+    def test_message_names_the_value_and_the_fix(self, mistake, error, message):
+        with pytest.raises(error, match=re.escape(message)):
+            mistake()
+
+    def test_every_check_of_rmt_has_its_mistake_in_the_table(self):
+        checks, raised = {node.lineno for node in ast.walk(ast.parse(SOURCE))
+                          if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require"}, set()
+        for mistake, error, _ in ERRORS:
+            with pytest.raises(error) as caught:
+                mistake()
+            raised.add(caught.traceback[-2].lineno + 1)
+        assert raised == checks
+
+
+MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that notices
+    ("truncation is a no-op", "state = state.detach()  # never", "state.detach()  # never",
+     "test_truncated_gradient_reaches_exactly_bptt_depth_segments_back"),
+    ("the initial memory is cut off", " and s > 0 and ", " and ", "test_initial_memory_learns_at_every_depth"),
+    ("depth counts segments, not boundaries", "% (bptt_depth + 1)", "% max(1, bptt_depth)",
+     "test_truncated_gradient_reaches_exactly_bptt_depth_segments_back"),
+    ("cuts are counted from the start", "(n_segments - s) %", "s %",
+     "test_truncated_gradient_is_its_share_of_the_full_one"),
+    ("the replay loses the gradient to the state", "recompute(model, segment, state,",
+     "recompute(model, segment, state.detach(),", "test_checkpointed_gradients_equal_plain_ones"),
+    ("the replay draws other noise", "use_reentrant=False)", "use_reentrant=False, preserve_rng_state=False)",
+     "test_checkpointed_gradients_equal_plain_ones"),
+    ("a stop forgets the state", "if state is None else state\n    T, outputs", "\n    T, outputs",
+     "test_stop_save_load_and_resume_equals_one_run"),
+    ("the future leaks through read rows in two hops", "now[:n_read, :n_read] = True", "now[:n_read] = True",
+     "test_no_token_sees_the_future"),
+    ("tokens see later tokens", "now.tril_()", "now.tril_(1)", "test_no_token_sees_the_future"),
+    ("an encoder is causal", 'form = "full" if', 'form = "paper" if',
+     "test_an_encoder_sees_its_whole_segment_and_no_later_one"),
+    ("write rows see the cache", "past[n - n_write:] = False", "past[n - n_write:] = True",
+     "test_mask_equals_its_picture"),
+    ("read rows see the cache", "past[:n_read] = False", "past[:n_read] = True",
+     "test_read_rows_see_no_segment_and_no_token_sees_write_rows_which_see_all"),
+    ("gradient flows into the cache", "dim=1).detach()", "dim=1)", "test_without_recurrent_memory_no_gradient_crosses"),
+    ("the cache is one too short", "tokens.size(1) - self.n_cache)", "tokens.size(1) - self.n_cache + 1)",
+     "test_cache_is_the_last_inputs_of_every_layer_without_memory_rows_or_gradient"),
+    ("the cache takes read rows", "tokens = x[:, self.n_read:", "tokens = x[:, 0:",
+     "test_cache_is_the_last_inputs_of_every_layer_without_memory_rows_or_gradient"),
+    ("cached and new tokens share positions", "self.n_read + self.n_cache - c:self.n_cache + n]", "self.n_read:c + n]",
+     "test_transformer_xl_with_a_long_cache_equals_one_long_transformer"),
+    ("rotation is a reflection", "a * sin + b * cos", "a * sin - b * cos",
+     "test_attention_equals_loops_over_complex_rotations"),
+    ("the state lives on the module", "memory = self.norm(written)",
+     "memory = self.norm(written); self.memory.data.copy_(memory[0])",
+     "test_earlier_segments_count_through_the_state_alone"),
+    ("read rows are handed on", "self.hand_on(write if self.n_write else read)", "self.hand_on(read)",
+     "test_handed_on_memory_is_the_written_rows_normed_or_raw"),
+    ("raw memory keeps its segment alive", "written.clone()", "written",
+     "test_handed_on_memory_is_the_written_rows_normed_or_raw"),
+    ("memory skips the norm", "memory = self.norm(written)", "memory = written.clone()",
+     "test_memory_is_bounded_for_a_thousand_segments_and_grows_where_it_is_raw"),
+    ("all memory rows start as one", '"memory": 0.02', '"memory": 0.0', "test_initial_memory_rows_differ"),
+    ("noise in evaluation", "if self.training and self.config.memory_noise", "if self.config.memory_noise",
+     "test_dropout_and_memory_noise_act_in_training_alone"),
+    ("noise has one size per batch", "memory[:, :1, :1])", "memory[:1, :1, :1])",
+     "test_memory_noise_has_one_size_per_sequence_up_to_its_fraction_of_the_rms"),
+    ("the write embedding never comes alone", "else torch.zeros_like(write))", "else write)",
+     "test_write_rows_are_fed_what_write_slot_names"),
+    ("tied weights are two that start equal", "self.head.weight = self.embed.weight",
+     "self.head.weight = nn.Parameter(self.embed.weight.detach().clone())", "test_tied_weights_learn_from_both_ends"),
+    ("generation never hands memory on", "segment, state = new[-1], next_state", "segment = new[-1]",
+     "test_streaming_generation_equals_offline_argmax"),
+    ("top_k is one too many", "min(top_k, logits", "min(top_k + 1, logits",
+     "test_generate_samples_the_softmax_of_the_most_likely_tokens"),
+    ("attention maps leave hooks behind", "            hook.remove()", "            hook",
+     "test_attention_maps_equal_loops_and_leave_the_model_as_it_was"),
+]
+
+
+def run_on_a_copy(source, names, folder):
+    """Run the named tests of this file on another rmt.py, in another process."""
+    (folder / "rmt.py").write_text(source)
+    (folder / "test_rmt.py").write_text(Path(__file__).read_text())
+    command = [sys.executable, "-m", "pytest", "-qx", "test_rmt.py", "-k", f"({' or '.join(names)}) and not mutation"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("story, old, new, name", MUTATIONS, ids=[story for story, *_ in MUTATIONS])
+def test_mutation_is_noticed(story, old, new, name, tmp_path):
+    assert SOURCE.count(old) == 1
+    result = run_on_a_copy(SOURCE.replace(old, new), [name], tmp_path)
+    assert result.returncode == 1 and "AssertionError" in result.stdout, result.stdout
+
+
+@pytest.mark.slow
+def test_mutation_control_passes_all_named_tests_without_a_mutation(tmp_path):
+    names = {name for *_, name in MUTATIONS}
+    result = run_on_a_copy(SOURCE, sorted(names), tmp_path)
+    assert result.returncode == 0 and all(f"def {name}(" in Path(__file__).read_text() for name in names), result.stdout

@@ -1,0 +1,426 @@
+"""Train the Recurrent Memory Transformer on tasks that need memory, beside the same model without memory.
+
+    python train_copy.py --target 0.99                          laptop, 2 minutes: copy 24 symbols over 9 segments;
+                                                                rmt ends above 0.99, transformer at chance, 0.10
+    python train_copy.py --task memorize --eval-segments 4096   laptop, 2 minutes: a fact recalled 4,096 segments later
+    python train_copy.py --segment-len 40 --n-mem 40 --n-layer 4 --d-model 128 --batch 64 --steps 20000 --lr 1e-3
+                                                                GPU: the paper's copy of 120 symbols over 9 segments
+
+Writes config.json, metrics.csv, checkpoint.pt, result.json, training.png and attention.png to --out.
+"""
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+RECIPES = {  # what each task learns well with; a flag overrules it
+    "copy":      {"segments": 9, "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 1100, "memory_noise": 0.0},
+    "reverse":   {"segments": 6, "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 900, "memory_noise": 0.0},
+    "retrieval": {"segments": 3, "segment_len": 4, "n_mem": 4, "batch": 64, "steps": 800, "memory_noise": 0.0},
+    "memorize":  {"segments": 8, "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 700, "memory_noise": 1.0},
+    "detect":    {"segments": 8, "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 700, "memory_noise": 1.0},
+}
+FLAGS = {  # group, flag, default (None: by task), help
+    "task": {
+        "task": ("copy", "copy, reverse, retrieval, memorize or detect"),
+        "symbols": (10, "different symbols"),
+        "segments": (None, "segments of the longest training sample"),
+        "segment_len": (None, "T, tokens per segment"),
+        "curriculum": ("", "segments of a sample: grow (more when accuracy passes 0.9; default for copy and reverse), "
+                           "random (any number; default for the others), or fixed")},
+    "model": {
+        "model": ("rmt", "a row of VARIANTS in rmt.py"),
+        "baseline": ("transformer", "a second row, trained in the same way, or none"),
+        "n_layer": (2, "layers"),
+        "n_head": (4, "heads"),
+        "d_model": (64, "width"),
+        "n_mem": (None, "M, memory tokens"),
+        "cache_len": (8, "C, positions cached per layer, for transformer_xl and rmt_xl"),
+        "memory_form": ("norm", "what is handed on: norm or raw, see Config in rmt.py"),
+        "memory_noise": (None, "noise on the handed-on memory in training, up to this fraction of its RMS")},
+    "training": {
+        "steps": (None, "optimizer steps"),
+        "batch": (None, "samples per step"),
+        "lr": (3e-3, "learning rate: 50 steps of warm-up, a linear fall over the second half"),
+        "bptt_depth": (-1, "boundaries that gradient crosses, -1 for all"),
+        "checkpoint": (False, "recompute the activations of each segment: less memory, more time"),
+        "bf16": (False, "bfloat16 autocast"),
+        "compile": (False, "torch.compile the model")},
+    "run": {
+        "seed": (0, "of the weights and the data"),
+        "device": ("auto", "cpu, cuda, mps, or auto: cuda where there is one, else cpu"),
+        "threads": (1, "CPU threads; models this small are fastest with one"),
+        "target": (0.0, "exit with status 1 unless --model's accuracy over --segments reaches this"),
+        "eval_segments": ([], "longer samples to try, default 2 and 4 times --segments"),
+        "eval_samples": (512, "fresh samples per evaluation, fewer where they are very long"),
+        "save_every": (200, "steps between checkpoints"),
+        "out": ("", "folder to write to, default out/TASK-N with the first N that is free"),
+        "resume": (False, "go on with the run in --out, to the same numbers as if it had not stopped")}}
+
+
+def parse():
+    """Flags from the command line, else of the resumed run, else from the task's recipe, else the defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    args = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
+    for title, group in FLAGS.items():
+        group_parser = parser.add_argument_group(title)
+        for name, (default, text) in group.items():
+            kind = type(RECIPES["copy"].get(name, default))
+            options = {bool: {"action": "store_true"}, list: {"type": int, "nargs": "+"}}.get(kind, {"type": kind})
+            shown = "" if default in ("", [], False) else f" (default: {'by task' if default is None else default})"
+            group_parser.add_argument("--" + name.replace("_", "-"), help=text + shown, **options)
+    given, saved = vars(parser.parse_args()), {}
+    out, resume = given.get("out", ""), given.get("resume", False)
+    config = Path(out) / "config.json"
+    if out and config.exists() and not resume:
+        parser.error(f"--out {out} already holds a run: add --resume to go on with it, or name another folder")
+    if resume:
+        try:
+            saved = json.loads(config.read_text())
+        except (OSError, ValueError) as reason:
+            parser.error(f"--resume: no run in --out '{out}' ({reason}): name the folder of an earlier run")
+    task = given.get("task", saved.get("task", "copy"))
+    if task not in RECIPES:
+        parser.error(f"--task {task} must be one of {', '.join(RECIPES)}")
+    args.update(RECIPES[task] | saved | given)
+    for name, value in args.items():
+        least = {"bptt_depth": -1, "seed": 0}.get(name, 0 if type(value) is float else 1)
+        flag = "--" + name.replace("_", "-")
+        if saved and name in given and name not in FLAGS["run"].keys() - {"seed"} and value != saved.get(name):
+            parser.error(f"{flag} {value}: the run in {out} has {saved.get(name)}; leave the flag out, or start anew")
+        for number in value if type(value) is list else [value]:
+            if type(number) in (int, float) and not least <= number < float("inf"):
+                parser.error(f"{flag} {number} must be at least {least} and finite")
+    args["curriculum"] = args["curriculum"] or ("grow" if task in ("copy", "reverse") else "random")
+    if args["curriculum"] not in ("grow", "random", "fixed"):
+        parser.error(f"--curriculum {args['curriculum']} must be grow, random or fixed")
+    return argparse.Namespace(**args), parser.error
+
+
+if __name__ == "__main__":
+    ARGS, ERROR = parse()  # before torch is imported, so that --help and a wrong flag answer at once
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from rmt import RMT, Config, generate, map_tensors, tensors, unroll
+
+# -------------------------------------------------------------------------------------------------------------- tasks
+# A task returns tokens (B, length + 1) and n, the length of the answer at their end. The model reads tokens[:, :-1], and
+# its outputs at the last n are scored. Symbols are 0 .. symbols - 1; after them come | a mark, ? a question, _ a blank,
+# and 16 noise tokens, written as small letters. The examples have --segment-len 4.
+
+def special(args, token):
+    """The id of | ? _ or of a, the first noise token."""
+    return args.symbols + "|?_a".index(token)
+
+
+def copy(args, segments, batch, generator):
+    """A source, and then the source twice [RMT] sec. 4.1.
+
+        input    3 1 4 1   | 3 1 4   1 3 1 4
+        target   . . . .   3 1 4 1   3 1 4 1
+    """
+    source = torch.randint(args.symbols, (batch, segments // 3 * args.segment_len), generator=generator)
+    return torch.cat([source, torch.full((batch, 1), special(args, "|")), source, source], dim=1), 2 * source.size(1)
+
+
+def reverse(args, segments, batch, generator):
+    """A source, and then the source backwards [RMT] sec. 4.1.
+
+        input    3 1 4 1   | 1 4 1
+        target   . . . .   1 4 1 3
+    """
+    source = torch.randint(args.symbols, (batch, segments // 2 * args.segment_len), generator=generator)
+    return torch.cat([source, torch.full((batch, 1), special(args, "|")), source.flip(1)], dim=1), source.size(1)
+
+
+def retrieval(args, segments, batch, generator):
+    """A key and its value in each segment, no key twice, and one key asked for [RMT] sec. 4.1.
+
+        input    7 | 2 |   5 | 9 |   7 ?
+        target   . . . .   . . . .   . 2
+    """
+    n_pairs, width, some = segments - 1, args.segment_len - 3, torch.arange(batch)
+    keys = torch.rand(batch, args.symbols, generator=generator).argsort(dim=1)[:, :n_pairs, None]
+    values = torch.randint(args.symbols, (batch, n_pairs, width), generator=generator)
+    asked = torch.randint(n_pairs, (batch,), generator=generator)
+    marks = torch.full_like(keys, special(args, "|"))
+    pairs = torch.cat([keys, marks, values, marks], dim=2).flatten(1)
+    question = torch.full((batch, 1), special(args, "?"))
+    return torch.cat([pairs, keys[some, asked], question, values[some, asked]], dim=1), width
+
+
+def memorize(args, segments, batch, generator, where=0):
+    """A fact in the first segment, noise, and a question at the end [RMT-1M] sec. 4.
+
+        input    | 3 1 a   b c d e   ? 3
+        target   . . . .   . . . .   3 1
+    """
+    T, n, noise = args.segment_len, args.segment_len // 2, special(args, "a")
+    tokens = torch.randint(noise, noise + 16, (batch, (segments - 1) * T + 1 + n), generator=generator)
+    fact = torch.randint(args.symbols, (batch, n), generator=generator)
+    place = (where * T + torch.arange(1 + n)).expand(batch, -1)
+    tokens.scatter_(1, place, F.pad(fact, (1, 0), value=special(args, "|")))
+    tokens[:, -n - 1:] = F.pad(fact, (1, 0), value=special(args, "?"))
+    return tokens, n
+
+
+def detect(args, segments, batch, generator):
+    """As memorize, with the fact in a random segment [RMT-1M] sec. 4.
+
+        input    a b c d   | 3 1 e   ? 3
+        target   . . . .   . . . .   3 1
+    """
+    where = torch.randint(segments - 1, (batch, 1), generator=generator)
+    return memorize(args, segments, batch, generator, where)
+
+
+TASKS = {"copy": (copy, 3), "reverse": (reverse, 2), "retrieval": (retrieval, 1), "memorize": (memorize, 1),
+         "detect": (detect, 1)}  # the function, and what its number of segments is a multiple of
+
+
+def lengths(args):
+    """The numbers of segments of the training samples, shortest first."""
+    return [n for n in range(2, args.segments + 1) if n % TASKS[args.task][1] == 0]
+
+
+def check(args):
+    """Raise ValueError with one line that says which size does not fit the task."""
+    unit, least = TASKS[args.task][1], 4 if args.task == "retrieval" else 2
+    for n in (args.segments, *args.eval_segments):
+        if n % unit or n < 2:
+            raise ValueError(f"{n} segments must be at least 2 and a multiple of {unit} for --task {args.task}")
+        if args.task == "retrieval" and args.symbols < n - 1:
+            raise ValueError(f"--symbols {args.symbols} must be at least {n - 1}, a key for each pair of {n} segments")
+    if args.segment_len < least:
+        raise ValueError(f"--segment-len {args.segment_len} must be at least {least} for --task {args.task}")
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+def build(args, variant):
+    """A model of one row of VARIANTS, at its initial weights."""
+    torch.manual_seed(args.seed)
+    vocab_size = special(args, "a") + 16 * (args.task in ("memorize", "detect"))
+    sizes = {name: getattr(args, name) for name in FLAGS["model"].keys() - {"model", "baseline"}}
+    return RMT(Config(variant, vocab_size, args.segment_len, **sizes)).to(args.device)
+
+
+def sample(args, model, segments, batch, generator):
+    """Inputs (B, length) and targets (B, n_answer), which belong to the last n_answer inputs."""
+    tokens, n = TASKS[args.task][0](args, segments, batch, generator)
+    inputs, targets = tokens[:, :-1].to(args.device), tokens[:, -n:].to(args.device)
+    if model.variant.full:  # an encoder would see the answer among its inputs, so it fills in blanks, all at once
+        inputs[:, inputs.size(1) - n + 1:] = special(args, "_")
+    return inputs, targets
+
+
+@torch.no_grad()
+def evaluate(args, model, segments, between=lambda state: state, free=True):
+    """Share of right answer symbols, teacher-forced and free-running, and of whole answers, on fresh samples.
+
+    between may tamper with the state at each boundary. Returns the samples too: prompts, targets, answers.
+    """
+    model.eval()
+    T, generator = args.segment_len, torch.Generator().manual_seed(args.seed + 2**32)  # never that of training
+    inputs, targets = sample(args, model, segments, max(32, min(args.eval_samples, 2**22 // (segments * T))), generator)
+    state, logits, n_prompt = model.initial_state(len(inputs)), [], inputs.size(1) - targets.size(1) + 1
+    for s, segment in enumerate(inputs.split(T, dim=1)):
+        state = between(state)
+        if s == (n_prompt - 1) // T:  # the answer begins here
+            start = state
+        out, state = unroll(model, segment, state)
+        logits += [out] if s >= (n_prompt - 1) // T else []
+    forced = answers = torch.cat(logits, dim=1)[:, -targets.size(1):].argmax(-1)
+    if free and not model.variant.full:
+        prompt = inputs[:, (n_prompt - 1) // T * T:n_prompt]
+        answers = generate(model, prompt, targets.size(1), start, temperature=0)
+    scores = {"teacher_forced": forced == targets, "free_running": answers == targets,
+              "whole_answers": (answers == targets).all(dim=1)}
+    samples = inputs[:, :n_prompt], targets, answers
+    return {name: right.float().mean().item() for name, right in scores.items()}, samples
+
+
+# ------------------------------------------------------------------------------------------------------------- train
+
+def new_run(args, variant):
+    """All that training changes, at step 0."""
+    model = build(args, variant)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    return {"model": model, "optimizer": optimizer, "data": torch.Generator().manual_seed(args.seed), "step": 0,
+            "unlocked": 1 if args.curriculum == "grow" else len(lengths(args)), "loss": 0.0,
+            "accuracy": dict.fromkeys(lengths(args), 0.0), "rows": [], "seconds": 0.0}
+
+
+def train(args, run, name, save):
+    """Train one run from where it stands to args.steps. Ctrl-C ends it after a whole step, saved."""
+    model, optimizer, accuracy, stop = run["model"].train(), run["optimizer"], run["accuracy"], []
+    fast, depth = torch.compile(model) if args.compile else model, args.bptt_depth if args.bptt_depth >= 0 else None
+    default = signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, default)))
+    for step in tqdm(range(run["step"], args.steps), name, initial=run["step"], total=args.steps, disable=None):
+        began, n = time.process_time(), lengths(args)[run["unlocked"] - 1]
+        if args.curriculum == "random":
+            n = lengths(args)[torch.randint(len(accuracy), (), generator=run["data"])]
+        inputs, targets = sample(args, model, n, args.batch, run["data"])
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 50, 2 * (1 - step / args.steps))
+
+        optimizer.zero_grad()
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.bf16):
+            logits, _ = unroll(fast, inputs, bptt_depth=depth, checkpoint=args.checkpoint)
+        logits = logits[:, -targets.size(1):].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+        accuracy[n] += 0.05 * ((logits.argmax(-1) == targets).float().mean().item() - accuracy[n])
+        run["loss"] += (0.05 if step else 1) * (loss.item() - run["loss"])
+        run["unlocked"] += accuracy[n] > 0.9 and run["unlocked"] < len(accuracy)
+        run["step"], run["seconds"] = step + 1, run["seconds"] + time.process_time() - began
+        if run["step"] % 20 == 0:
+            run["rows"].append([name, run["step"], n, run["loss"], *accuracy.values()])
+        if run["step"] % max(1, args.steps // 8) == 0:
+            tqdm.write(f"{name:16} step {step + 1:5}   {n} segments   loss {run['loss']:.3f}   right {accuracy[n]:.3f}")
+        if run["step"] % args.save_every == 0 or run["step"] == args.steps or stop:
+            save()
+        if stop:
+            raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, default)
+
+
+def write(path, writer):
+    """Write to a temporary name and move it into place, so that an interrupted write leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    writer(temporary)
+    os.replace(temporary, path)
+
+
+def save_runs(args, runs):
+    """checkpoint.pt, with all that an exact resume needs, and metrics.csv."""
+    pack = {"model": lambda model: model.state_dict(), "optimizer": lambda optimizer: optimizer.state_dict(),
+            "data": lambda generator: generator.get_state()}
+    states = {name: {key: pack.get(key, lambda x: x)(x) for key, x in run.items()} for name, run in runs.items()}
+    noise = [torch.get_rng_state(), torch.cuda.get_rng_state() if args.device == "cuda" else None]
+    write(args.out / "checkpoint.pt", lambda path: torch.save({"runs": states, "noise": noise}, path))
+    rows = [["model", "step", "segments", "loss", *(f"accuracy_{n}" for n in lengths(args))]]
+    rows += [[f"{x:.5f}" if type(x) is float else str(x) for x in row] for run in runs.values() for row in run["rows"]]
+    write(args.out / "metrics.csv", lambda path: path.write_text("".join(",".join(row) + "\n" for row in rows)))
+
+
+def load_runs(args):
+    """The runs of checkpoint.pt, ready to go on."""
+    saved, runs = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True), {}
+    for name, state in saved["runs"].items():
+        runs[name] = new_run(args, name)
+        runs[name]["model"].load_state_dict(state.pop("model"))
+        runs[name]["optimizer"].load_state_dict(state.pop("optimizer"))
+        runs[name]["data"].set_state(state.pop("data"))
+        runs[name].update(state)
+    torch.set_rng_state(saved["noise"][0])
+    if args.device == "cuda" and saved["noise"][1] is not None:
+        torch.cuda.set_rng_state(saved["noise"][1])
+    return runs
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+def text(args, row):
+    """Tokens as characters."""
+    alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" * (1 + args.symbols // 36)
+    return "".join((alphabet[:args.symbols] + "|?_abcdefghijklmnop")[token] for token in row.tolist())
+
+
+def report(args, runs):
+    """Evaluate, print, draw. Returns the accuracy of --model over --segments."""
+    main, results = runs[args.model]["model"], {}
+    print(f"\nanswer symbols right, on fresh samples (chance {1 / args.symbols:.3f})\n"
+          "model            segments  teacher-forced    free-running   whole answers")
+    for name, run in runs.items():
+        results[name] = {"cpu_seconds": round(run["seconds"], 1)}
+        for n in sorted({*lengths(args), *args.eval_segments}):
+            results[name][n], samples = evaluate(args, run["model"], n)
+            scores = "".join(f"{score:16.3f}" for score in results[name][n].values())
+            print(f"{name:16}{n:9}{scores}" + "   longer than in training" * (n > args.segments), flush=True)
+            if n == args.segments and run["model"] is main:
+                examples = samples
+    low = [n for n in sorted(args.eval_segments) if results[args.model][n]["teacher_forced"] < 0.9]
+    print(f"{args.model} " + (f"falls below 0.9 at {low[0]} segments" if low else "holds 0.9 at every length tried"))
+    print(f"\ncontrols: {args.model} over {args.segments} segments, teacher-forced, with")
+    controls = {"its initial state at every boundary": lambda state: main.initial_state(len(state.memory)),
+                "the state of another sample": lambda state: map_tensors(lambda t: t.roll(1, 0), state)}
+    for name, between in controls.items():
+        results[name] = evaluate(args, main, args.segments, between, free=False)[0]["teacher_forced"]
+        print(f"    {name:38}{results[name]:.3f}")
+    print(f"\nthree answers of {args.model}, free-running; ^ is a mistake")
+    for prompt, target, answer in zip(*(part[:3] for part in examples), strict=True):
+        marks = "".join(" ^"[int(a != b)] for a, b in zip(answer, target, strict=True))
+        for name, line in {"input": text(args, prompt), "right": text(args, target), "model": text(args, answer),
+                           "": marks}.items():
+            print(f"    {name:8}{line}")
+    from assets.figures import draw_attention, draw_training
+    prompt, target, _ = (part[:1] for part in examples)
+    figures = {"training": draw_training(args, runs), "attention": draw_attention(
+        main, torch.cat([prompt, target[:, :-1]], dim=1), prompt.size(1) - 1, lambda row: text(args, row))}
+    for name, figure in figures.items():
+        write(args.out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=100))
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} thread(s)"
+    result = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "date": time.strftime("%Y-%m-%d"),
+              "versions": f"python {platform.python_version()}, torch {torch.__version__}", "hardware": hardware,
+              "results": results}
+    write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    return results[args.model][args.segments]["teacher_forced"]
+
+
+def main(args, error):
+    """Check all there is to check before anything is written; train; report."""
+    args.eval_segments = args.eval_segments or [2 * args.segments, 4 * args.segments]
+    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    torch.set_num_threads(args.threads)
+    names = list(dict.fromkeys(name for name in (args.model, args.baseline) if name != "none"))
+    fresh = (path for path in (Path("out") / f"{args.task}-{i}" for i in range(1, 10**6)) if not path.exists())
+    args.out = Path(args.out) if args.out else next(fresh)
+    config = json.dumps(vars(args) | {"out": str(args.out), "resume": False}, indent=1)
+    try:
+        check(args)
+        torch.zeros(1, device=args.device)
+        models = [build(args, name) for name in names]
+    except (ValueError, RuntimeError, AssertionError) as reason:
+        hint = "" if isinstance(reason, ValueError) else f" (--device {args.device}: try --device cpu)"
+        error(str(reason).splitlines()[0] + hint)
+    try:
+        runs = load_runs(args) if args.resume else {}
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(args.out / "config.json", lambda path: path.write_text(config))
+        save_runs(args, runs)
+    except Exception as reason:  # whatever is wrong with a file or folder, it is one line for the user
+        error(f"--out {args.out} cannot be {'resumed' if args.resume else 'written'}: {str(reason).splitlines()[0]}")
+    print(f"{args.task} over {args.segments} segments of {args.segment_len}: device {args.device}, seed {args.seed}, "
+          f"{sum(p.numel() for p in models[0].parameters())} parameters, "
+          f"state of {sum(t.numel() for t in tensors(models[0].initial_state(1)))} floats, "
+          f"{args.batch * args.segments * args.segment_len} tokens per step, files in {args.out}")
+    for name in names:
+        runs[name] = runs.get(name) or new_run(args, name)
+        train(args, runs[name], name, lambda: save_runs(args, runs))
+    reached = report(args, runs)
+    verdict = f", target {args.target}: {'reached' if reached >= args.target else 'MISSED'}" if args.target else ""
+    print(f"\n{args.model} gets {reached:.3f} of the answer symbols over {args.segments} segments right{verdict}; "
+          f"files in {args.out}")
+    sys.exit(int(reached < args.target))
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS, ERROR)
+    except KeyboardInterrupt:
+        print(f"stopped; to go on: python train_copy.py --resume --out {ARGS.out}")
+        sys.exit(130)
