@@ -20,20 +20,23 @@ from pathlib import Path
 # -------------------------------------------------------------------------------------------------------------- flags
 
 RECIPES = {  # what each task learns well with; a flag overrules it
-    "copy":      {"segments": 9, "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 1100, "memory_noise": 0.0},
-    "reverse":   {"segments": 6, "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 900, "memory_noise": 0.0},
-    "retrieval": {"segments": 3, "segment_len": 4, "n_mem": 4, "batch": 64, "steps": 800, "memory_noise": 0.0},
-    "memorize":  {"segments": 8, "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 700, "memory_noise": 1.0},
-    "detect":    {"segments": 8, "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 700, "memory_noise": 1.0},
+    "copy":      {"segments": 9, "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 750, "lr": 4e-3},
+    "reverse":   {"segments": 6, "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 750, "lr": 4e-3},
+    "retrieval": {"segments": 3, "segment_len": 4, "n_mem": 4, "batch": 64, "steps": 1000, "lr": 3e-3},
+    "memorize":  {"segments": 8, "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 1000, "lr": 3e-3},
+    "detect":    {"segments": 8, "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 1000, "lr": 3e-3},
 }
+for name, recipe in RECIPES.items():  # copying is learned twice as fast with an embedding in the write slot, facts are not;
+    ordered = name in ("copy", "reverse")  # facts last thousands of segments with noise, which copying does not need
+    recipe |= {"write_slot": "both" if ordered else "memory", "memory_noise": 1.0 * (name in ("memorize", "detect")),
+               "curriculum": "grow" if ordered else "random"}
 FLAGS = {  # group, flag, default (None: by task), help
     "task": {
         "task": ("copy", "copy, reverse, retrieval, memorize or detect"),
         "symbols": (10, "different symbols"),
         "segments": (None, "segments of the longest training sample"),
         "segment_len": (None, "T, tokens per segment"),
-        "curriculum": ("", "segments of a sample: grow (more when accuracy passes 0.9; default for copy and reverse), "
-                           "random (any number; default for the others), or fixed")},
+        "curriculum": (None, "segments of a sample: grow (more when accuracy passes 0.75), random, or fixed")},
     "model": {
         "model": ("rmt", "a row of VARIANTS in rmt.py"),
         "baseline": ("transformer", "a second row, trained in the same way, or none"),
@@ -43,11 +46,12 @@ FLAGS = {  # group, flag, default (None: by task), help
         "n_mem": (None, "M, memory tokens"),
         "cache_len": (8, "C, positions cached per layer, for transformer_xl and rmt_xl"),
         "memory_form": ("norm", "what is handed on: norm or raw, see Config in rmt.py"),
+        "write_slot": (None, "what the write rows are fed: memory, embedding or both, see Config in rmt.py"),
         "memory_noise": (None, "noise on the handed-on memory in training, up to this fraction of its RMS")},
     "training": {
         "steps": (None, "optimizer steps"),
         "batch": (None, "samples per step"),
-        "lr": (3e-3, "learning rate: 50 steps of warm-up, a linear fall over the second half"),
+        "lr": (None, "learning rate: 50 steps of warm-up, a linear fall over the second half"),
         "bptt_depth": (-1, "boundaries that gradient crosses, -1 for all"),
         "checkpoint": (False, "recompute the activations of each segment: less memory, more time"),
         "bf16": (False, "bfloat16 autocast"),
@@ -98,7 +102,6 @@ def parse():
         for number in value if type(value) is list else [value]:
             if type(number) in (int, float) and not least <= number < float("inf"):
                 parser.error(f"{flag} {number} must be at least {least} and finite")
-    args["curriculum"] = args["curriculum"] or ("grow" if task in ("copy", "reverse") else "random")
     if args["curriculum"] not in ("grow", "random", "fixed"):
         parser.error(f"--curriculum {args['curriculum']} must be grow, random or fixed")
     return argparse.Namespace(**args), parser.error
@@ -114,8 +117,8 @@ from tqdm import tqdm
 from rmt import RMT, Config, generate, map_tensors, tensors, unroll
 
 # -------------------------------------------------------------------------------------------------------------- tasks
-# A task returns tokens (B, length + 1) and n, the length of the answer at their end. The model reads tokens[:, :-1], and
-# its outputs at the last n are scored. Symbols are 0 .. symbols - 1; after them come | a mark, ? a question, _ a blank,
+# A task returns tokens (B, length + 1) and n, the length of the answer at their end. The model reads tokens[:, :-1]; its
+# last n outputs are scored. Symbols are 0 .. symbols - 1; after them come | a mark, ? a question, _ a blank,
 # and 16 noise tokens, written as small letters. The examples have --segment-len 4.
 
 def special(args, token):
@@ -285,7 +288,7 @@ def train(args, run, name, save):
 
         accuracy[n] += 0.05 * ((logits.argmax(-1) == targets).float().mean().item() - accuracy[n])
         run["loss"] += (0.05 if step else 1) * (loss.item() - run["loss"])
-        run["unlocked"] += accuracy[n] > 0.9 and run["unlocked"] < len(accuracy)
+        run["unlocked"] += accuracy[n] > 0.75 and run["unlocked"] < len(accuracy)
         run["step"], run["seconds"] = step + 1, run["seconds"] + time.process_time() - began
         if run["step"] % 20 == 0:
             run["rows"].append([name, run["step"], n, run["loss"], *accuracy.values()])
@@ -373,7 +376,8 @@ def report(args, runs):
         main, torch.cat([prompt, target[:, :-1]], dim=1), prompt.size(1) - 1, lambda row: text(args, row))}
     for name, figure in figures.items():
         write(args.out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=100))
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} thread(s)"
+    cpu = f"{platform.machine()} CPU, {args.threads} thread" + "s" * (args.threads > 1)
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else cpu
     result = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "date": time.strftime("%Y-%m-%d"),
               "versions": f"python {platform.python_version()}, torch {torch.__version__}", "hardware": hardware,
               "results": results}
@@ -383,7 +387,8 @@ def report(args, runs):
 
 def main(args, error):
     """Check all there is to check before anything is written; train; report."""
-    args.eval_segments = args.eval_segments or [2 * args.segments, 4 * args.segments]
+    longest = args.symbols + 1 if args.task == "retrieval" else 4 * args.segments  # retrieval runs out of keys
+    args.eval_segments = args.eval_segments or [min(n * args.segments, longest) for n in (2, 4)]
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     torch.set_num_threads(args.threads)
     names = list(dict.fromkeys(name for name in (args.model, args.baseline) if name != "none"))
