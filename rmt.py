@@ -48,7 +48,6 @@ from torch.utils.checkpoint import checkpoint as recompute
 # -------------------------------------------------------------------------------------------------- 1. config and state
 # In: plain numbers. Out: a validated Config, and the value that crosses segments.
 
-
 def require(condition: bool, message: str, error: type = ValueError):
     """Raise error(message) unless the condition holds."""
     if not condition:
@@ -78,11 +77,12 @@ class Config:
         for name in ("vocab_size", "segment_len", "n_layer", "n_head", "d_model", "n_mem", "cache_len"):
             value, least = getattr(self, name), 0 if name in ("n_mem", "cache_len") else 1
             require(type(value) is int and value >= least, f"{name}={value!r} must be an integer of at least {least}")
-        require(self.d_model % (2 * self.n_head) == 0, f"d_model={self.d_model} must be divisible by 2 * n_head="
-                f"{2 * self.n_head}: rotary positions turn pairs of channels in every head")
-        for name, choices in {"memory_form": ("norm", "raw"), "write_slot": ("memory", "embedding", "both"),
-                              "memory_mask": ("paper", "causal")}.items():
-            require(getattr(self, name) in choices, f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        D, pairs = self.d_model, 2 * self.n_head  # rotary positions turn pairs of channels in every head
+        require(D % pairs == 0, f"d_model={D} must be divisible by 2 * n_head={pairs}")
+        for name, choices in (("memory_form", ("norm", "raw")), ("write_slot", ("memory", "embedding", "both")),
+                              ("memory_mask", ("paper", "causal"))):
+            value = getattr(self, name)
+            require(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
         require(0 <= self.dropout < 1, f"dropout={self.dropout!r} must be at least 0 and below 1")
         require(0 <= self.memory_noise < math.inf, f"memory_noise={self.memory_noise!r} must be at least 0 and finite")
 
@@ -175,7 +175,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """One pre-norm layer that carries nothing. A new mechanism is a subclass, and a row of VARIANTS."""
-
     def __init__(self, config: Config, n_read: int = 0, n_write: int = 0, n_cache: int = 0):
         super().__init__()
         D, self.n_read, self.n_write, self.n_cache = config.d_model, n_read, n_write, n_cache
@@ -257,8 +256,7 @@ def segment_mask(n_read: int, n_cache: int, n_tokens: int, n_write: int, form: s
 
 
 class Transformer(nn.Module):
-    """The backbone. Any module with its `initial_carry(B)` and `backbone(x, mask, carry) -> (x, carry)` can replace it."""
-
+    """The backbone. Any module with `initial_carry(B)` and `backbone(x, mask, carry) -> (x, carry)` can replace it."""
     def __init__(self, config: Config, block: type = Block, n_read: int = 0, n_write: int = 0):
         super().__init__()
         self.blocks = nn.ModuleList(block(config, n_read, n_write) for _ in range(config.n_layer))
@@ -308,11 +306,12 @@ class RMT(nn.Module):
         self.config, self.variant, D = config, VARIANTS[config.variant], config.d_model
         self.n_read, self.n_write = config.n_mem * self.variant.read, config.n_mem * self.variant.write
         self.n_cache = config.cache_len if self.variant.block is CacheBlock else 0
-        for field, needed in {"n_mem": self.variant.read or self.variant.write,
-                              "cache_len": self.variant.block is CacheBlock}.items():
+        for field, needed in (("n_mem", self.variant.read or self.variant.write),
+                              ("cache_len", self.variant.block is CacheBlock)):
             require(getattr(config, field) > 0 or not needed, f"{field}=0 must be at least 1 for {config.variant!r}")
-        require(backbone is None or self.variant.block is Block, f"variant {config.variant!r} has layers of its own: "
-                f"choose one of {', '.join(name for name, row in VARIANTS.items() if row.block is Block)} for a backbone")
+        plain = [name for name, row in VARIANTS.items() if row.block is Block]
+        require(backbone is None or config.variant in plain,
+                f"{config.variant!r} has layers of its own: a backbone goes with one of {', '.join(plain)}")
         self.embed = nn.Embedding(config.vocab_size, D)
         self.memory = nn.Parameter(torch.empty(max(self.n_read, self.n_write), D))
         self.write_embedding = nn.Parameter(torch.empty(self.n_write if config.write_slot != "memory" else 0, D))
@@ -344,10 +343,7 @@ class RMT(nn.Module):
         return State(memory.expand(batch_size, -1, -1), self.backbone.initial_carry(batch_size))
 
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """One segment: tokens (B, T or fewer), state -> logits (B, T, V), next state.
-
-        Raises ValueError or TypeError for tokens or a state that do not fit this model.
-        """
+        """One segment: tokens (B, T or fewer), state -> logits (B, T, V), next state. Raises what check raises."""
         check(self, tokens, state)
         mask = self.mask(tokens.size(1), state.carry[0][0].size(1) if self.n_cache else 0)
         x, carry = self.backbone(self.wrap(tokens, state.memory), mask, state.carry)
@@ -391,27 +387,27 @@ class RMT(nn.Module):
 
 
 def check(model, tokens, state=None):
-    """Raise TypeError or ValueError unless tokens (B, length) fit the model; with a state, unless both fit as a segment."""
-    kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+    """Raise TypeError or ValueError unless tokens (B, length) fit the model and, with a state, both fit one segment."""
+    config, kind = model.config, tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
     require(kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
             f"tokens are {kind} and must be a tensor of integers, for example torch.tensor([[1, 2, 3]])", TypeError)
     require(tokens.dim() == 2 and tokens.numel() > 0,
             f"tokens have shape {tuple(tokens.shape)} and must be (batch, length), neither of them 0")
-    if state is None or (tokens.is_cpu and not torch.compiler.is_compiling()):  # a GPU would have to wait at each segment
-        low, high, V = tokens.min().item(), tokens.max().item(), model.config.vocab_size
-        require(0 <= low and high < V, f"tokens reach from {low} to {high} and must lie in 0 .. {V - 1} (vocab_size={V})")
+    if (state is None or tokens.is_cpu) and not torch.compiler.is_compiling():  # a GPU would wait in every segment
+        low, high, V = tokens.min().item(), tokens.max().item(), config.vocab_size
+        require(0 <= low and high < V, f"tokens reach from {low} to {high}; vocab_size={V} needs 0 .. {V - 1}")
     if state is not None:
         B, T = tokens.shape
-        require(T <= model.config.segment_len, f"a segment of {T} tokens is longer than "
-                f"segment_len={model.config.segment_len}: give long sequences to unroll(model, tokens)")
+        require(T <= config.segment_len, f"a segment of {T} tokens is longer than segment_len={config.segment_len}: "
+                "give long sequences to unroll(model, tokens)")
         require(isinstance(state, State), f"state is a {type(state).__name__} and must be a State: start from "
                 "model.initial_state(batch_size), or wrap what you loaded, State(*loaded)", TypeError)
         given = [tuple(t.shape) for t in tensors(state)]
         fits = (given[0] == (B, *model.shapes[0]) and len(given) == len(model.shapes)
                 and all((g[0], g[-1]) == (B, e[-1]) for g, e in zip(given, model.shapes, strict=True))
                 and (not model.n_cache or given[1][1] <= model.n_cache))
-        require(fits, f"a state of shapes {given} does not fit {model.config.variant!r} with {B} sequences: start from "
-                f"model.initial_state({B})")
+        require(fits, f"a state of shapes {given} does not fit {config.variant!r} with {B} sequences: "
+                f"start from model.initial_state({B})")
 
 
 # -------------------------------------------------------------------------------------------------- 5. the segment loop
@@ -422,7 +418,7 @@ def unroll(model, tokens: Tensor, state: State | None = None, bptt_depth: int | 
     """Run a model over tokens (B, length), segment by segment -> logits (B, length, V), state after the last one.
 
     state       where to start, default model.initial_state(B). To read a stream in pieces, pass the returned state on.
-    bptt_depth  boundaries that gradient may cross: None all, 0 none. Cuts are counted from the end, so the last segment's
+    bptt_depth  boundaries that gradient may cross: None all, 0 none. Cuts are counted from the end: the last segment's
                 loss reaches back exactly bptt_depth segments and any other loss at most that [RMT] sec. 3.
     checkpoint  keep only the states and recompute each segment's activations in the backward pass.
     last_only   the logits of the last segment only: without gradient, a million tokens take the memory of one segment.
@@ -457,7 +453,7 @@ def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temp
     first. Raises ValueError or TypeError for bad arguments, and for a variant in which tokens see their own future.
     """
     check(model, tokens)
-    require(not model.variant.full, f"variant {model.config.variant!r} sees whole segments and cannot generate: use rmt")
+    require(not model.variant.full, f"{model.config.variant!r} sees whole segments and cannot generate: use 'rmt'")
     require(type(n_new) is int and n_new > 0, f"n_new={n_new!r} must be an integer of at least 1")
     require(0 <= temperature < math.inf, f"temperature={temperature!r} must be at least 0 (the most likely) and finite")
     require(top_k is None or (type(top_k) is int and top_k > 0), f"top_k={top_k!r} must be None or an integer above 0")
@@ -490,7 +486,7 @@ def attention_maps(model: RMT, tokens: Tensor, state: State) -> tuple[Tensor, li
     """
     layers, weights = [layer for layer in model.modules() if isinstance(layer, Attention)], []
     require(len(layers) > 0, "attention_maps needs a backbone with rmt.Attention layers, and this one has none")
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: weights.append(layer.weights(*args))) for layer in layers]
+    hooks = [x.register_forward_pre_hook(lambda layer, args: weights.append(layer.weights(*args))) for x in layers]
     try:
         model(tokens, state)
     finally:

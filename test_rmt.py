@@ -4,14 +4,20 @@ Exact claims are made in float64, on models of two layers and sixteen channels w
 matter. The variants that a claim holds for are chosen by the columns of VARIANTS: a new row is tested for free. Some
 docstrings tell which mistake of released code a test is there for.
 """
+import argparse
 import ast
 import copy
+import json
 import math
 import os
 import re
+import signal
+import statistics
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +30,7 @@ from rmt import RMT, VARIANTS, Attention, Config, State, attention_maps, generat
 
 SIZES = {"V": 11, "T": 4, "L": 2, "H": 2, "D": 16, "M": 3, "C": 5}
 V, T, L, H, D, M, C = SIZES.values()
+ROOT = Path(rmt.__file__).resolve().parent
 SOURCE = Path(rmt.__file__).read_text()
 PUBLISHED = list(VARIANTS)
 # A row of our own, in which a layer with a cache has read rows and no write rows: the two cannot be mistaken.
@@ -379,6 +386,7 @@ class TestMemory:
         model, segment = build(variant), text(3)
         state = unroll(model, text(n_before, seed=1))[1] if n_before else model.initial_state(2)
         layers = [module for module in model.modules() if isinstance(module, Attention)]
+        assert {(layer.n_read, layer.n_cache) for layer in layers} == {(model.n_read, model.n_cache)}
         with calls(*layers) as seen:
             logits, _ = model(segment, state)
         weights, widths = attention_maps(model, segment, state)
@@ -493,10 +501,11 @@ class TestMemory:
 
     @pytest.mark.parametrize("tie_weights", [False, True])
     def test_weights_start_at_the_size_their_table_gives(self, tie_weights):
-        model = RMT(build(d_model=64, n_mem=64, vocab_size=64, write_slot="both", tie_weights=tie_weights).config)
+        sizes = {"d_model": 64, "n_mem": 64, "vocab_size": 64, "n_layer": 3}
+        model = RMT(build(**sizes, write_slot="both", tie_weights=tie_weights).config)
         fan_in = 0.7 / math.sqrt(64)
         expected = {"memory": 0.02, "write_embedding": 0.02, "embed.weight": fan_in if tie_weights else 0.5,
-                    "attn.out.weight": fan_in / math.sqrt(2 * L), "mlp.2.weight": fan_in / 2 / math.sqrt(2 * L)}
+                    "attn.out.weight": fan_in / math.sqrt(6), "mlp.2.weight": fan_in / 2 / math.sqrt(6)}
         for name, weight in model.named_parameters():
             size = expected.get(re.sub(r".*\d\.(?=attn|mlp)", "", name), fan_in)
             assert (weight == 1).all() if "norm" in name else abs(weight.std() / size - 1) < 0.05
@@ -628,9 +637,9 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: segment_of(text(3)[0]), ValueError, "tokens have shape (3,) and must be (batch, length)"),
     (lambda: segment_of(text(0)), ValueError, "tokens have shape (2, 0) and must be (batch, length), neither of"),
     (lambda: unroll(build(), text(3, 0)), ValueError, "tokens have shape (0, 3) and must be (batch, length)"),
-    (lambda: segment_of(torch.tensor([[3, 11]])), ValueError, "tokens reach from 3 to 11 and must lie in 0 .. 10"),
-    (lambda: unroll(build(), torch.tensor([[-1, 4]])), ValueError, "tokens reach from -1 to 4 and must lie in 0 .. 10"),
-    (lambda: generate(build(), torch.tensor([[12]]), 1), ValueError, "tokens reach from 12 to 12 and must lie in"),
+    (lambda: segment_of(torch.tensor([[3, 11]])), ValueError, "tokens reach from 3 to 11; vocab_size=11 needs 0 .. 10"),
+    (lambda: unroll(build(), torch.tensor([[-1, 4]])), ValueError, "tokens reach from -1 to 4; vocab_size=11 needs 0"),
+    (lambda: generate(build(), torch.tensor([[12]]), 1), ValueError, "tokens reach from 12 to 12; vocab_size=11 needs"),
     (lambda: segment_of(text(5)), ValueError, "a segment of 5 tokens is longer than segment_len=4: give long"),
     (lambda: segment_of(text(3), tuple(state_of())), TypeError, "state is a tuple and must be a State: start from"),
     (lambda: segment_of(text(3), state_of(batch_size=3)), ValueError, "start from model.initial_state(2)"),
@@ -655,7 +664,7 @@ ERRORS = [  # a mistake, and what its message must say
       for name in READING],
     *[(lambda name=name: build(name, cache_len=0), ValueError, f"cache_len=0 must be at least 1 for '{name}'")
       for name in CACHED],
-    *[(lambda name=name: build(f"{name} around a GRU"), ValueError, "choose one of transformer, mem_transformer")
+    *[(lambda name=name: build(f"{name} around a GRU"), ValueError, "a backbone goes with one of transformer,")
       for name in CACHED],
     *[(lambda name=name, value=value: Config(**{name: value}), ValueError, f"{name}={value!r} must be an integer")
       for name in ("vocab_size", "segment_len", "n_layer", "n_head", "d_model", "n_mem", "cache_len")
@@ -680,6 +689,485 @@ class TestErrors:
             raised.add(caught.traceback[-2].lineno + 1)
         assert raised == checks
 
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+
+TINY = ("--segments 3 --segment-len 4 --n-mem 2 --d-model 16 --n-head 2 --batch 4 --steps 40 --eval-samples 32 "
+        "--eval-segments 6").split()
+
+
+def run_train_copy(*flags, cwd, start=False):
+    """Run train_copy.py as a user would, or start it."""
+    command = [sys.executable, str(ROOT / "train_copy.py"), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    if start:
+        return subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def wait_for(condition, process, seconds=60):
+    """Wait until the condition holds; fail when the process ends or the time is over before."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None and time.time() < deadline, "the run ended before it could be interrupted"
+        time.sleep(0.002)
+
+
+def steps_done(checkpoint):
+    """The steps of the first run in a checkpoint, which must be whole; 0 where there is none."""
+    if not checkpoint.exists():
+        return 0
+    return torch.load(checkpoint, weights_only=True)["runs"].get("rmt", {"step": 0})["step"]
+
+
+def weights(folder):
+    """Every tensor of the models in a checkpoint."""
+    runs = torch.load(folder / "checkpoint.pt", weights_only=True)["runs"]
+    return {f"{name}.{key}": t for name, run in runs.items() for key, t in run["model"].items()}
+
+
+class TestScripts:
+    """train_copy.py, run as a user would."""
+
+    FILES = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "training.png", "attention.png"}
+
+    @pytest.mark.parametrize("variant", PUBLISHED)
+    def test_a_tiny_run_of_every_variant_writes_its_files(self, variant, tmp_path):
+        task = ("memorize", "detect", "copy", "reverse", "retrieval", "copy")[PUBLISHED.index(variant) % 6]
+        sizes = {"reverse": ("--segments", "4", "--eval-segments", "8")}.get(task, ())
+        run = run_train_copy(*TINY, "--task", task, "--model", variant, *sizes, "--baseline", "none", "--out", "a",
+                             cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert {path.name for path in (tmp_path / "a").iterdir()} == self.FILES
+        result = json.loads((tmp_path / "a" / "result.json").read_text())["results"][variant]
+        scores = [score for n, row in result.items() if n != "cpu_seconds" for score in row.values()]
+        assert len(scores) >= 6 and all(0 <= score <= 1 for score in scores)
+        assert all((tmp_path / "a" / f"{name}.png").read_bytes()[1:4] == b"PNG" for name in ("training", "attention"))
+
+    def test_report_names_both_models_the_controls_and_the_files(self, tmp_path):
+        run = run_train_copy(*TINY, "--bptt-depth", 1, "--checkpoint", "--bf16", "--memory-noise", 0.5, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        for line in ("rmt  ", "transformer  ", "its initial state at every boundary", "the state of another sample",
+                     "chance 0.100", "free-running", "longer than in training", "files in out/copy-1"):
+            assert line in run.stdout
+        again = run_train_copy(*TINY, "--baseline", "none", cwd=tmp_path)
+        assert again.returncode == 0 and "files in out/copy-2" in again.stdout  # a second run loses nothing
+
+    @pytest.mark.parametrize("flags, words", [
+        ("--task sort", "sort must be one of copy"),
+        ("--model lstm", "variant='lstm' must be one of transformer"),
+        ("--baseline lstm", "variant='lstm' must be one of transformer"),
+        ("--curriculum easy", "easy must be grow, random or fixed"),
+        ("--segments 8", "8 segments must be at least 2 and a multiple of 3 for --task copy"),
+        ("--eval-segments 10", "10 segments must be at least 2 and a multiple of 3"),
+        ("--task reverse --segments 5", "multiple of 2"),
+        ("--task memorize --segments 1", "1 segments must be at least 2"),
+        ("--task retrieval --segment-len 3", "--segment-len 3 must be at least 4"),
+        ("--task retrieval --symbols 4 --segments 6", "--symbols 4 must be at least"),
+        ("--segments 0", "--segments 0 must be at least 1"),
+        ("--batch -3", "--batch -3 must be at least 1"),
+        ("--steps 0", "--steps 0 must be at least 1"),
+        ("--n-mem 0", "--n-mem 0 must be at least 1"),
+        ("--steps many", "invalid int value: 'many'"),
+        ("--lr nan", "--lr nan must be at least 0 and finite"),
+        ("--memory-noise -1", "--memory-noise -1.0 must be at least 0"),
+        ("--bptt-depth -2", "--bptt-depth -2 must be at least -1"),
+        ("--d-model 30", "d_model=30 must be divisible by 2 * n_head=8"),
+        ("--memory-form sum", "memory_form='sum' must be one of norm, raw"),
+        ("--device cuda:9", "--device cuda:9: try --device cpu"),
+        ("--device abacus", "--device abacus: try --device cpu"),
+        ("--resume", "name the folder of an earlier run"),
+        ("--resume --out nowhere", "no run in --out 'nowhere'"),
+        ("--out file/x", "--out file/x cannot be written"),
+        ("--segment 3", "unrecognized arguments: --segment 3"),
+    ])
+    def test_a_bad_flag_is_one_line_and_writes_nothing(self, flags, words, tmp_path):
+        (tmp_path / "file").write_text("not a folder")
+        run = run_train_copy(*flags.split(), cwd=tmp_path)
+        error = run.stderr.strip().splitlines()
+        assert run.returncode == 2 and "Traceback" not in run.stderr
+        assert error[-1].startswith("train_copy.py: error: ") and words in error[-1]
+        assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+    def test_help_answers_without_torch(self):
+        run = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "train_copy.py"), "--help"],
+                             capture_output=True, text=True, timeout=60)
+        assert run.returncode == 0 and "--bptt-depth" in run.stdout and "(default: " in run.stdout
+        assert not any(line.split("|")[-1].strip() == "torch" for line in run.stderr.splitlines())
+
+    def test_a_missed_target_is_exit_status_1(self, tmp_path):
+        run = run_train_copy(*TINY, "--baseline", "none", "--target", 1, cwd=tmp_path)
+        assert run.returncode == 1 and "MISSED" in run.stdout
+
+    def test_stopped_and_killed_runs_resume_to_the_same_numbers(self, tmp_path):
+        flags = [*TINY, "--steps", 120, "--save-every", 7, "--memory-noise", 0.5, "--curriculum", "random"]
+        whole = run_train_copy(*flags, "--out", "whole", cwd=tmp_path)
+        assert whole.returncode == 0, whole.stderr
+        checkpoint = tmp_path / "parts" / "checkpoint.pt"
+
+        process = run_train_copy(*flags, "--out", "parts", cwd=tmp_path, start=True)
+        wait_for(lambda: steps_done(checkpoint) >= 14, process)
+        process.send_signal(signal.SIGINT)  # Ctrl-C: finishes its step, saves, says how to go on
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in err
+        assert "python train_copy.py --resume --out parts" in out
+        stopped_at = steps_done(checkpoint)
+        assert 14 <= stopped_at < 120
+
+        process = run_train_copy("--resume", "--out", "parts", cwd=tmp_path, start=True)
+        wait_for(lambda: steps_done(checkpoint) > stopped_at + 7, process)
+        process.kill()  # kill -9: what was last saved is whole
+        process.communicate(timeout=60)
+        assert stopped_at < steps_done(checkpoint) < 120
+
+        resumed = run_train_copy("--resume", "--out", "parts", cwd=tmp_path)
+        assert resumed.returncode == 0, resumed.stderr
+        assert (tmp_path / "parts" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
+        a, b = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    def test_kill_during_a_save_leaves_a_whole_checkpoint(self, tmp_path):
+        flags = [*TINY, "--steps", 100000, "--save-every", 1, "--out", "a"]
+        checkpoint = tmp_path / "a" / "checkpoint.pt"
+        for more in ((), ("--resume",), ("--resume",)):  # nearly all of the time goes into saving
+            before = steps_done(checkpoint)
+            process = run_train_copy(*([*more, "--out", "a"] if more else flags), cwd=tmp_path, start=True)
+            wait_for(lambda before=before: steps_done(checkpoint) > before + 3, process)
+            wait_for((tmp_path / "a" / "checkpoint.pt.tmp").exists, process)
+            process.kill()
+            process.communicate(timeout=60)
+            assert steps_done(checkpoint) > before + 3
+
+    def test_an_earlier_run_is_neither_overwritten_nor_mixed_up(self, tmp_path):
+        first = run_train_copy(*TINY, "--baseline", "none", "--out", "a", cwd=tmp_path)
+        assert first.returncode == 0, first.stderr
+        before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+        again = run_train_copy(*TINY, "--out", "a", cwd=tmp_path)
+        assert again.returncode == 2 and "--out a already holds a run: add --resume" in again.stderr
+        other = run_train_copy("--resume", "--out", "a", "--segments", 6, cwd=tmp_path)
+        assert other.returncode == 2 and "--segments 6: the run in a has 3" in other.stderr
+        assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+        (tmp_path / "a" / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:1000])
+        truncated = run_train_copy("--resume", "--out", "a", cwd=tmp_path)
+        assert truncated.returncode == 2 and "--out a cannot be resumed" in truncated.stderr
+        (tmp_path / "a" / "checkpoint.pt").unlink()
+        missing = run_train_copy("--resume", "--out", "a", cwd=tmp_path)
+        assert missing.returncode == 2 and "--out a cannot be resumed" in missing.stderr
+
+
+class TestTasks:
+    """The tasks ask for what their docstrings show."""
+
+    @staticmethod
+    def draw(task, segments, segment_len, symbols=10):
+        import train_copy
+        args = argparse.Namespace(task=task, segments=segments, segment_len=segment_len, symbols=symbols,
+                                  eval_segments=[])
+        train_copy.check(args)
+        tokens, n = train_copy.TASKS[task][0](args, segments, 64, torch.Generator().manual_seed(0))
+        assert n >= 1 and (tokens[:, -n:] < symbols).all()
+        return tokens, n
+
+    @pytest.mark.parametrize("segments, T", [(3, 8), (9, 8), (6, 1 + 2)])
+    def test_copy_asks_for_the_source_twice_over_the_papers_number_of_segments(self, segments, T):
+        tokens, n = self.draw("copy", segments, T)
+        source = tokens[:, :segments // 3 * T]
+        assert tokens.size(1) - 1 == segments * T and n == 2 * source.size(1)
+        assert torch.equal(tokens[:, -n:], torch.cat([source, source], dim=1))
+        assert (tokens[:, source.size(1)] == 10).all() and source.unique().tolist() == list(range(10))
+
+    @pytest.mark.parametrize("segments, T", [(2, 8), (6, 8)])
+    def test_reverse_asks_for_the_source_backwards(self, segments, T):
+        tokens, n = self.draw("reverse", segments, T)
+        assert tokens.size(1) - 1 == segments * T and torch.equal(tokens[:, -n:], tokens[:, :n].flip(1))
+
+    @pytest.mark.parametrize("segments, T", [(3, 4), (8, 6)])
+    def test_retrieval_has_one_pair_per_segment_and_no_key_twice(self, segments, T):
+        tokens, n = self.draw("retrieval", segments, T)
+        assert n == T - 3
+        for row in tokens.tolist():
+            pairs = {row[s * T]: row[s * T + 2:s * T + 2 + n] for s in range(segments - 1)}
+            assert len(pairs) == segments - 1 and pairs[row[(segments - 1) * T]] == row[-n:]
+
+    @pytest.mark.parametrize("task", ["memorize", "detect"])
+    def test_facts_stand_where_they_should_in_noise_that_is_no_symbol(self, task):
+        tokens, n = self.draw(task, 5, 8)
+        starts = [row.index(10) for row in tokens.tolist()]
+        assert tokens.size(1) == 4 * 8 + 1 + n and set(starts) == ({0} if task == "memorize" else {0, 8, 16, 24})
+        for row, start in zip(tokens.tolist(), starts, strict=True):
+            assert row[start + 1:start + 1 + n] == row[-n:] and row[-n - 1] == 11
+            assert all(token >= 13 for i, token in enumerate(row[:-n - 1]) if not start <= i <= start + n)
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+@pytest.mark.slow
+class TestLearning:
+    """What the models learn, in minutes on a CPU."""
+
+    def test_default_run_reaches_its_target_and_no_memory_stays_at_chance(self, tmp_path):
+        run = run_train_copy("--target", 0.99, "--out", "a", cwd=tmp_path)
+        assert run.returncode == 0, run.stdout + run.stderr
+        results = json.loads((tmp_path / "a" / "result.json").read_text())["results"]
+        assert results["rmt"]["9"]["free_running"] >= 0.98 and results["transformer"]["9"]["teacher_forced"] <= 0.15
+        assert results["its initial state at every boundary"] <= 0.2 and results["the state of another sample"] <= 0.2
+
+    def test_a_fact_is_read_after_4096_segments(self, tmp_path):
+        flags = ("--task", "detect", "--baseline", "none", "--eval-segments", 4096)
+        run = run_train_copy(*flags, "--out", "a", cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        results = json.loads((tmp_path / "a" / "result.json").read_text())["results"]
+        assert results["rmt"]["4096"]["teacher_forced"] >= 0.97
+
+    @pytest.mark.parametrize("distance", [1, 2])
+    def test_a_fact_is_learned_if_and_only_if_gradient_reaches_it(self, distance, tmp_path):
+        flags, scores = (f"--task memorize --baseline none --curriculum fixed --memory-noise 0 --steps 500 "
+                         f"--segments {distance + 1}").split(), {}
+        for depth in (distance - 1, distance):
+            run = run_train_copy(*flags, "--bptt-depth", depth, "--out", depth, cwd=tmp_path)
+            assert run.returncode == 0, run.stderr
+            results = json.loads((tmp_path / str(depth) / "result.json").read_text())["results"]
+            scores[depth] = results["rmt"][str(distance + 1)]["teacher_forced"]
+        assert scores[distance - 1] < 0.2 and scores[distance] > 0.9
+
+    @pytest.mark.parametrize("form, alive", [("norm", True), ("raw", False)])
+    def test_the_default_memory_is_alive_after_10_000_segments_and_the_raw_one_is_not(self, form, alive):
+        """Every segment asks for the segment before it, for ever; the state is carried, also through training."""
+        torch.manual_seed(0)
+        model = RMT(Config(vocab_size=10, segment_len=8, n_mem=8, memory_form=form))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+        state, before = None, torch.randint(10, (32, 8))
+        for step in range(500):
+            tokens = torch.randint(10, (32, 16))
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 * min(1, (step + 1) / 50, 2 * (1 - step / 500))
+            optimizer.zero_grad()
+            logits, state = unroll(model, tokens, state)
+            state, wanted = state.detach(), torch.cat([before, tokens[:, :8]], dim=1)
+            F.cross_entropy(logits.flatten(0, 1), wanted.flatten()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            before = tokens[:, 8:]
+        model.eval()
+        state = model.initial_state(32)
+        with torch.no_grad():
+            for _ in range(10_000):
+                tokens = torch.randint(10, (32, 8))
+                logits, state = model(tokens, state)
+                right, before = (logits.argmax(-1) == before).float().mean().item(), tokens
+        assert (right > 0.99) if alive else (right < 0.3)
+        assert (state.memory.square().mean().sqrt() < 10) == alive
+
+
+# --------------------------------------------------------------------------------------------------------- benchmarks
+# `pytest -m benchmark -s` prints a table per test. One thread; the contestants take turns, so that a busy machine slows
+# them alike; a number is the median of CPU time. Nothing is asserted on time, only on results and on memory.
+
+BENCHED = {"tiny": (Config(vocab_size=256, n_layer=4, d_model=64, n_head=1, segment_len=32, n_mem=4), 8),
+         "S": (Config(vocab_size=256, n_layer=4, d_model=256, n_head=4, segment_len=128, n_mem=8), 8),
+         "M": (Config(vocab_size=256, n_layer=6, d_model=384, n_head=6, segment_len=256, n_mem=16), 4)}
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def setup(size, n_segments, **changes):
+    """A model of that size, and tokens (B, n_segments * T)."""
+    config, B = BENCHED[size]
+    torch.manual_seed(0)
+    return RMT(replace(config, **changes)), torch.randint(256, (B, n_segments * config.segment_len))
+
+
+def race(*contestants, seconds=3.0, least=7):
+    """Median milliseconds of CPU time of each contestant; they are called in turns after a warm-up call."""
+    results, times = [run() for run in contestants], [[] for _ in contestants]
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(times[-1]) < least:
+        for run, taken in zip(contestants, times, strict=True):
+            start = time.process_time()
+            run()
+            taken.append(1000 * (time.process_time() - start))
+    return [statistics.median(taken) for taken in times], results
+
+
+def training(model, tokens, run=unroll, **options):
+    """A training step without its optimizer: mean loss, with gradient through all segments."""
+    def step():
+        model.zero_grad()
+        logits, _ = run(model, tokens, **options)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+        loss.backward()
+        return loss.item()
+    return step
+
+
+def inference(model, tokens, run=unroll):
+    """A forward pass over all segments without gradient."""
+    return torch.no_grad()(lambda: run(model.eval(), tokens)[0])
+
+
+def matmuls(size, n_segments, backward):
+    """The matrix products of a model of that size and nothing else, on operands of the same shapes -> run, FLOP."""
+    c, B = BENCHED[size]
+    N, D, E = c.segment_len + 2 * c.n_mem, c.d_model, c.d_model // c.n_head
+    layer = [(1, B * N, D, 3 * D), (B * c.n_head, N, E, N), (B * c.n_head, N, N, E), (1, B * N, D, D),
+             (1, B * N, D, 4 * D), (1, B * N, 4 * D, D)]
+    shapes = c.n_layer * layer + [(1, B * c.segment_len, D, c.vocab_size)]
+    a, b, y = ({s: torch.randn(s[0], s[i], s[j]).squeeze(0) for s in shapes} for i, j in [(1, 2), (3, 2), (1, 3)])
+
+    def run():
+        for s in n_segments * shapes:
+            a[s] @ b[s].mT       # as in y = x W^T
+            if backward:
+                y[s] @ b[s]      # the gradient of x
+                y[s].mT @ a[s]   # the gradient of W
+    return run, n_segments * (1 + 2 * backward) * sum(2 * n * i * j * k for n, i, j, k in shapes)
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("size", ["tiny", "S", "M"])
+def test_most_of_the_time_is_matrix_multiplication(size, one_thread):
+    for name, n_segments, contestant in [("training", 4, training), ("inference", 8, inference)]:
+        products, flop = matmuls(size, n_segments, backward=contestant is training)
+        (ours, ceiling), _ = race(contestant(*setup(size, n_segments)), products)
+        print(f"\n{size:5}{name:10}{ours:8.1f} ms{flop / ours / 1e6:8.1f} GFLOP/s, {ceiling / ours:.2f} of the ceiling")
+        assert flop > 0
+
+
+def lucidrains(size):
+    """The package recurrent-memory-transformer-pytorch with its fastest flags, and its loop over segments."""
+    peer, (c, _) = pytest.importorskip("recurrent_memory_transformer_pytorch"), BENCHED[size]
+    model = peer.RecurrentMemoryTransformer(
+        c.d_model, num_tokens=256, depth=c.n_layer, num_memory_tokens=c.n_mem, seq_len=c.segment_len, heads=c.n_head,
+        use_flash_attn=True, memory_not_causal=False, use_xl_memories=False, num_residual_streams=1)
+    wrapper = peer.RecurrentMemoryTransformerWrapper(model)
+    return model, lambda _, tokens: wrapper(tokens)
+
+
+def gpt2(size):
+    """The authors' design: GPT-2 of transformers, memory tokens concatenated through inputs_embeds."""
+    hf, (c, _) = pytest.importorskip("transformers"), BENCHED[size]
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(
+        vocab_size=256, n_positions=c.segment_len + 2 * c.n_mem, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    model.memory = torch.nn.Parameter(0.02 * torch.randn(c.n_mem, c.d_model))
+
+    def run(model, tokens):
+        memory, outputs = model.memory.expand(len(tokens), -1, -1), []
+        for segment in tokens.split(c.segment_len, dim=1):
+            x = torch.cat([memory, model.transformer.wte(segment), memory], dim=1)
+            x = model.transformer(inputs_embeds=x, use_cache=False).last_hidden_state
+            memory = x[:, -c.n_mem:]
+            outputs.append(model.lm_head(x[:, c.n_mem:-c.n_mem]))
+        return torch.cat(outputs, dim=1), memory
+    return model, run
+
+
+@pytest.mark.benchmark
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", ["tiny", "S", "M"])
+@pytest.mark.parametrize("peer", [lucidrains, gpt2])
+def test_peers_are_no_faster(size, peer, one_thread):
+    other, run = peer(size)
+    for name, n_segments, contestant in [("training", 4, training), ("inference", 8, inference)]:
+        model, tokens = setup(size, n_segments)
+        (ours, theirs), _ = race(contestant(model, tokens), contestant(other, tokens, run))
+        print(f"\n{size:5}{name:10}{ours:8.1f} ms, {peer.__name__} {theirs:8.1f} ms, {theirs / ours:.2f} of our time")
+    n_ours, n_theirs = (sum(p.numel() for p in m.parameters()) for m in (model, other))
+    assert n_theirs == pytest.approx(n_ours, rel=0.15)
+    assert run(other, tokens)[0].shape == unroll(model, tokens)[0].shape
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("size", ["S", "M"])
+def test_bfloat16(size, one_thread):
+    def autocast(model, tokens):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return unroll(model, tokens)
+
+    model, tokens = setup(size, 4)
+    (full, half), losses = race(training(model, tokens), training(model, tokens, autocast))
+    print(f"\n{size:5}training, float32{full:8.1f} ms, bfloat16{half:8.1f} ms: {full / half:.2f} times faster")
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("variant", ["rmt", "transformer_xl", "rmt_xl"])
+@pytest.mark.parametrize("size", ["tiny", "S"])
+def test_compile(size, variant, one_thread):
+    torch.compiler.reset()
+    model, tokens = setup(size, 4, variant=variant)
+    compiled = torch.compile(model)
+    (eager, fast), losses = race(training(model, tokens), training(model, tokens, lambda _, x: unroll(compiled, x)))
+    print(f"\n{size:5}{variant:15}training {eager:8.1f} ms, compiled{fast:8.1f} ms: {eager / fast:.2f} times faster")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def memory_growth(size, prepare, command, **environment):
+    """Megabytes by which a command raises the peak memory of a fresh process, in which `prepare` ran before.
+
+    VmHWM, because ru_maxrss starts at the peak of the parent process and so hides whatever stays below that.
+    """
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("peak memory is read from /proc")
+    code = rf"""
+import re, torch
+from test_rmt import *
+torch.set_num_threads(1)
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
+model, tokens = setup({size!r}, 1)
+{prepare}
+before = peak()
+{command}
+print(peak() - before)"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(os.path.abspath(__file__)), text=True,
+                         capture_output=True, check=True, env={**os.environ, **environment})
+    return float(run.stdout)
+
+
+@pytest.mark.benchmark
+def test_a_million_tokens_take_the_memory_of_a_thousand():
+    stream = "torch.no_grad()(unroll)(model.eval(), torch.randint(256, (1, {}), dtype=torch.uint8), last_only={})"
+    flat = memory_growth("tiny", stream.format(1_000, True), stream.format(1_000_000, True))
+    control = memory_growth("tiny", stream.format(1_000, True), stream.format(100_000, False))
+    print(f"\nfrom 1,000 to 1,000,000 tokens the peak memory of inference grows by {flat:.1f} MB; "
+          f"with the logits of all tokens, to 100,000, by {control:.0f} MB")
+    assert flat < 5 and control > 90  # the control: 100,000 * 256 floats are 98 MB
+
+
+@pytest.mark.benchmark
+def test_checkpoint_takes_an_eighth_of_the_memory(one_thread):
+    command = "model, tokens = setup('S', 32); training(model, tokens, checkpoint={})()"
+    for malloc in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):  # the default heap keeps holes
+        plain, ours = (memory_growth("S", "training(model, tokens[:1, :1])()", command.format(checkpoint), **malloc)
+                       for checkpoint in (False, True))
+        print(f"\nbackpropagation through 32 segments takes {plain:.0f} MB, checkpointed {ours:.0f} MB, "
+              f"{ours / plain:.3f} {malloc or 'with the default malloc'}")
+    assert 34 < ours < plain / 8  # at least the logits; asserted without the holes
+    model, tokens = setup("S", 4)
+    (plain, ours), losses = race(training(model, tokens), training(model, tokens, checkpoint=True))
+    print(f"checkpointing takes {ours / plain:.2f} of the time")
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("size", ["tiny", "S"])
+def test_mask_and_checks_cost_little(size, one_thread):
+    model, tokens = setup(size, 1)
+    state, model = model.initial_state(len(tokens)), model.eval()
+    (segment, mask, checks), results = race(
+        inference(model, tokens), lambda: model.mask(tokens.size(1), 0), lambda: rmt.check(model, tokens, state))
+    print(f"\n{size:5}one segment {segment:.3f} ms, of which mask {mask / segment:.1%}, checks {checks / segment:.1%}")
+    assert torch.equal(results[1], model.mask(tokens.size(1), 0))
+
+
+# ----------------------------------------------------------------------------------------------------------- mutations
 
 MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that notices
     ("truncation is a no-op", "state = state.detach()  # never", "state.detach()  # never",

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 ASSETS = Path(__file__).parent
 
@@ -60,7 +60,7 @@ def draw_training(args, runs):
 
 
 def draw_attention(model, tokens, answer, text):
-    """The weights, the largest of all heads, of the first segment (a write) and of the one where the answer begins (a read).
+    """The weights, the largest of all heads, of the first segment (a write) and the one where the answer begins.
 
     tokens (1, length), answer the position of its first output, text a function that writes tokens as characters.
     """
@@ -121,7 +121,8 @@ def draw_length():
     published = {"memorize": 0.906, "detect": 0.961}
     for axis, task in zip(axes, published, strict=True):
         for noise, line, color in (("1.0", "-o", "black"), ("0", "--s", "0.55")):
-            runs = [run for run in record("length") if flag(run, "--task") == task and flag(run, "--memory-noise") == noise]
+            wanted = ("--task", task), ("--memory-noise", noise)
+            runs = [run for run in record("length") if all(flag(run, name) == value for name, value in wanted)]
             for i, run in enumerate(runs):
                 scores = {int(n): score["teacher_forced"] for n, score in run["results"]["rmt"].items() if n.isdigit()}
                 label = f"noise {noise} in training, {len(runs)} seeds" if i == 0 else None
