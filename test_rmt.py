@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import rmt
 from rmt import RMT, VARIANTS, Attention, Config, State, attention_maps, generate, segment_mask, tensors, unroll
@@ -1037,7 +1038,9 @@ def test_most_of_the_time_is_matrix_multiplication(size, one_thread):
         products, flop = matmuls(size, n_segments, backward=contestant is training)
         (ours, ceiling), _ = race(contestant(*setup(size, n_segments)), products)
         print(f"\n{size:5}{name:10}{ours:8.1f} ms{flop / ours / 1e6:8.1f} GFLOP/s, {ceiling / ours:.2f} of the ceiling")
-        assert flop > 0
+        with FlopCounterMode(display=False) as counter:
+            products()
+        assert counter.get_total_flops() == flop
 
 
 def lucidrains(size):

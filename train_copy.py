@@ -84,8 +84,8 @@ def parse():
         parser.error(f"--out {out} already holds a run: add --resume to go on with it, or name another folder")
     if resume:
         try:
-            saved = json.loads(config.read_text())
-        except (OSError, ValueError) as reason:
+            saved = dict(json.loads(config.read_text()))
+        except (OSError, ValueError, TypeError) as reason:
             parser.error(f"--resume: no run in --out '{out}' ({reason}): name the folder of an earlier run")
     task = given.get("task", saved.get("task", "copy"))
     if task not in RECIPES:
