@@ -28,7 +28,7 @@ Glossary
     read, write  the memory tokens before and after the tokens of a segment, "H^mem" in [RMT]
     bptt_depth   boundaries that gradient may cross, "BPTT-k" in [RMT]
 References
-    [RMT]     Bulatov, Kuratov, Burtsev. Recurrent Memory Transformer. 2022, arXiv:2207.06881
+    [RMT]     Bulatov, Kuratov, Burtsev. Recurrent Memory Transformer. NeurIPS 2022, arXiv:2207.06881
     [RMT-1M]  Bulatov, Kuratov, Burtsev. Scaling Transformer to 1M tokens and beyond with RMT. 2023, arXiv:2304.11062
     [TXL]     Dai, Yang, Yang, Carbonell, Le, Salakhutdinov. Transformer-XL. 2019, arXiv:1901.02860
     [MT]      Burtsev, Kuratov, Peganov, Sapunov. Memory Transformer. 2020, arXiv:2006.11527
@@ -56,7 +56,7 @@ def require(condition: bool, message: str, error: type = ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and choices of one model. Raises ValueError naming the field, its value and the rule it breaks."""
+    """Sizes and choices of one model. Raises ValueError naming field, value and rule; RMT checks the variant."""
 
     variant: str = "rmt"         # a key of VARIANTS
     vocab_size: int = 64         # V
@@ -83,8 +83,10 @@ class Config:
                               ("memory_mask", ("paper", "causal"))):
             value = getattr(self, name)
             require(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
-        require(0 <= self.dropout < 1, f"dropout={self.dropout!r} must be at least 0 and below 1")
-        require(0 <= self.memory_noise < math.inf, f"memory_noise={self.memory_noise!r} must be at least 0 and finite")
+        for name, end in (("dropout", 1), ("memory_noise", math.inf)):
+            value = getattr(self, name)
+            require(type(value) in (int, float) and 0 <= value < end, f"{name}={value!r} must be from 0 to below {end}")
+        require(type(self.tie_weights) is bool, f"tie_weights={self.tie_weights!r} must be True or False")
 
 
 class State(NamedTuple):
@@ -100,8 +102,8 @@ class State(NamedTuple):
 
 def map_tensors(fn, tree):
     """Apply fn to every tensor of nested tuples, as in `map_tensors(lambda t: t.to("cuda"), state)`."""
-    if isinstance(tree, Tensor):
-        return fn(tree)
+    if not isinstance(tree, tuple):
+        return fn(tree) if isinstance(tree, Tensor) else tree
     mapped = [map_tensors(fn, branch) for branch in tree]
     return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
 
@@ -157,10 +159,10 @@ class Attention(nn.Module):
             w_q, w_kv = self.qkv.weight.tensor_split([x.size(2)])
             q, (k, v) = F.linear(x, w_q), F.linear(context, w_kv).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
-        return rotate(q, self.positions(n, 0)), rotate(k, self.positions(n, c)), v
+        return rotate(q, self.angles(n, 0)), rotate(k, self.angles(n, c)), v
 
-    def positions(self, n, c):
-        """Angles of n rows of a segment and of c cached rows between the read rows and the rest: (2, c + n, E / 2)."""
+    def angles(self, n, c):
+        """Cosines and sines for n rows and for c cached ones between the read rows and the rest: (2, c + n, E / 2)."""
         if self.n_cache == 0:
             return self.rope[:, :n]
         return torch.cat([self.rope[:, :self.n_read], self.rope[:, self.n_read + self.n_cache - c:self.n_cache + n]], 1)
@@ -202,7 +204,7 @@ class Block(nn.Module):
 # In: x, mask and the layer's carry. Out: x and the next carry.
 
 class CacheBlock(Block):
-    """Tokens also see this layer's inputs for the tokens before the segment, gradient stopped [TXL] sec. 3.2.
+    """Tokens also see this layer's inputs for the tokens before the segment, gradient stopped [TXL].
 
     The carry is (cache,): the last C inputs (B, c, D), before norm and rotation, c growing from 0 to C. Memory rows are
     not cached: they are handed on over the top.
@@ -285,7 +287,7 @@ class Variant(NamedTuple):
 
 VARIANTS = {             #     read   write  recurrent  block    full     floats per sequence that cross a boundary
     "transformer":     Variant(False, False, False, Block,       False),  # 0
-    "mem_transformer": Variant(True,  False, False, Block,       False),  # 0            [MT] sec. 3.1, as a decoder
+    "mem_transformer": Variant(True,  False, False, Block,       False),  # 0            [MT], as a decoder
     "transformer_xl":  Variant(False, False, False, CacheBlock,  False),  # L C D        [TXL]
     "rmt":             Variant(True,  True,  True,  Block,       False),  # M D          [RMT] sec. 3
     "rmt_xl":          Variant(True,  True,  True,  CacheBlock,  False),  # M D + L C D  [RMT] sec. 3
@@ -315,27 +317,30 @@ class RMT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, D)
         self.memory = nn.Parameter(torch.empty(max(self.n_read, self.n_write), D))
         self.write_embedding = nn.Parameter(torch.empty(self.n_write if config.write_slot != "memory" else 0, D))
-        self.backbone = backbone or Transformer(config, self.variant.block, self.n_read, self.n_write)
+        if backbone is None:
+            backbone, keep = Transformer(config, self.variant.block, self.n_read, self.n_write), ()
+        else:
+            keep = ("backbone.",)
+        self.backbone = backbone
         self.norm = nn.LayerNorm(D, bias=False)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         if config.tie_weights:
             self.head.weight = self.embed.weight
-        self.shapes = [tuple(t.shape[1:]) for t in tensors(self.initial_state(1))]
-        self.init_weights(keep=() if backbone is None else ("backbone.",))
+        self.form = map_tensors(form, self.initial_state(1))
+        self.init_weights(keep)
 
     @torch.no_grad()
     def init_weights(self, keep: tuple = ()):
         """Draw all matrices but those whose names begin with one of keep; the norms start at 1."""
-        L, tied = self.config.n_layer, self.config.tie_weights
-        for name, weight in self.named_parameters():
-            fan_in = 0.7 / math.sqrt(weight.size(-1))
-            std = {"memory": 0.02, "write_embedding": 0.02,        # independent rows: memory tokens must differ
-                   "embed.weight": fan_in if tied else 0.5,
-                   "attn.out.weight": fan_in / math.sqrt(2 * L),   # the residual branches
-                   "mlp.2.weight": fan_in / math.sqrt(2 * L)}.get(re.sub(r"^backbone\.blocks\.\d+\.", "", name), fan_in)
-            if weight.dim() == 2 and not name.startswith(keep):
-                weight.normal_(std=std)
+        matrices = [(name, p) for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith(keep)]
+        for name, weight in matrices:
+            std = 0.7 / math.sqrt(weight.size(1))                     # Linear: by fan-in; GPT-2's 0.02 is slow to learn
+            residual = std / math.sqrt(2 * self.config.n_layer)       # Linear that ends a residual branch
+            table = {"memory": 0.02, "write_embedding": 0.02,         # independent rows: memory tokens must differ
+                     "embed.weight": std if self.config.tie_weights else 0.5,
+                     "attn.out.weight": residual, "mlp.2.weight": residual}
+            weight.normal_(std=table.get(re.sub(r"^backbone\.blocks\.\d+\.", "", name), std))
 
     def initial_state(self, batch_size: int) -> State:
         """The learned memory (B, M, D), the same for every sequence, and an empty carry."""
@@ -386,6 +391,11 @@ class RMT(nn.Module):
 
 
 
+def form(t):
+    """What stays the same of a state's tensor in every segment and batch: its rank and its width."""
+    return t.dim(), *t.shape[1:][-1:]
+
+
 def check(model, tokens, state=None):
     """Raise TypeError or ValueError unless tokens (B, length) fit the model and, with a state, both fit one segment."""
     config, kind = model.config, tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -402,12 +412,12 @@ def check(model, tokens, state=None):
                 "give long sequences to unroll(model, tokens)")
         require(isinstance(state, State), f"state is a {type(state).__name__} and must be a State: start from "
                 "model.initial_state(batch_size), or wrap what you loaded, State(*loaded)", TypeError)
-        given = [tuple(t.shape) for t in tensors(state)]
-        fits = (given[0] == (B, *model.shapes[0]) and len(given) == len(model.shapes)
-                and all((g[0], g[-1]) == (B, e[-1]) for g, e in zip(given, model.shapes, strict=True))
-                and (not model.n_cache or given[1][1] <= model.n_cache))
-        require(fits, f"a state of shapes {given} does not fit {config.variant!r} with {B} sequences: "
-                f"start from model.initial_state({B})")
+        fits = (map_tensors(form, state) == model.form and all(len(t) == B for t in tensors(state))
+                and state.memory.size(1) == len(model.memory) * model.variant.recurrent)
+        cached = {t.size(1) for t in tensors(state.carry)} if fits and model.n_cache else {0}
+        shapes = tuple(map_tensors(lambda t: tuple(t.shape), state))
+        require(fits and len(cached) == 1 and max(cached) <= model.n_cache, f"a state of shapes {shapes} does not fit "
+                f"{config.variant!r} with {B} sequences: start from model.initial_state({B})")
 
 
 # -------------------------------------------------------------------------------------------------- 5. the segment loop
@@ -417,15 +427,16 @@ def unroll(model, tokens: Tensor, state: State | None = None, bptt_depth: int | 
            last_only: bool = False) -> tuple[Tensor, State]:
     """Run a model over tokens (B, length), segment by segment -> logits (B, length, V), state after the last one.
 
-    state       where to start, default model.initial_state(B). To read a stream in pieces, pass the returned state on.
+    state       where to start, default model.initial_state(B). To train on a stream in pieces, pass the returned state
+                on detached, or gradient crosses into the piece before.
     bptt_depth  boundaries that gradient may cross: None all, 0 none. Cuts are counted from the end: the last segment's
-                loss reaches back exactly bptt_depth segments and any other loss at most that [RMT] sec. 3.
+                loss reaches back exactly bptt_depth segments, any other loss at most that; BPTT-k in [RMT].
     checkpoint  keep only the states and recompute each segment's activations in the backward pass.
     last_only   the logits of the last segment only: without gradient, a million tokens take the memory of one segment.
 
     "Depth k" has two other meanings in released code. Gradient in the last k segments only: unroll the others under
     torch.no_grad, then those k. Every loss back through k segments: keep the detached state before each segment in a
-    list; for each s, unroll segments s - k .. s from states[s - k] with last_only and call backward.
+    list (the initial one as it is); for each s, unroll segments s - k .. s from states[s - k] with last_only, backward.
     Raises ValueError or TypeError for tokens, a state or a depth that do not fit.
     """
     check(model, tokens)
@@ -446,7 +457,7 @@ def unroll(model, tokens: Tensor, state: State | None = None, bptt_depth: int | 
 @torch.no_grad()
 def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temperature: float = 1.0,
              top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """Continue tokens (B, length), which begin at a segment boundary, by n_new tokens -> (B, n_new).
+    """Continue tokens (B, length), which begin at a segment boundary from state, by n_new tokens -> (B, n_new).
 
     A full segment hands its memory on; until then each new token is computed from the segment so far, whose write rows
     no token sees. Temperature 0 takes the most likely token, top_k samples among the k most likely. Call model.eval()
@@ -455,7 +466,8 @@ def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temp
     check(model, tokens)
     require(not model.variant.full, f"{model.config.variant!r} sees whole segments and cannot generate: use 'rmt'")
     require(type(n_new) is int and n_new > 0, f"n_new={n_new!r} must be an integer of at least 1")
-    require(0 <= temperature < math.inf, f"temperature={temperature!r} must be at least 0 (the most likely) and finite")
+    require(type(temperature) in (int, float) and (temperature == 0 or 1e-4 <= temperature < math.inf),
+            f"temperature={temperature!r} must be 0 (the most likely token) or a finite number from 1e-4 up")
     require(top_k is None or (type(top_k) is int and top_k > 0), f"top_k={top_k!r} must be None or an integer above 0")
     T, state = model.config.segment_len, model.initial_state(len(tokens)) if state is None else state
     n_full = (tokens.size(1) - 1) // T * T  # tokens of segments that are full and have a successor
@@ -464,11 +476,11 @@ def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temp
     segment, new = tokens[:, n_full:].long(), []
     for _ in range(n_new):
         logits, next_state = model(segment, state)
-        logits = logits[:, -1].float()
+        logits = logits[:, -1]
         if top_k is not None:
             logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
         new.append(logits.argmax(-1, keepdim=True) if temperature == 0 else
-                   torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+                   torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator))
         if segment.size(1) == T:
             segment, state = new[-1], next_state
         else:

@@ -39,18 +39,24 @@ VARIANTS["mem_transformer_xl"] = rmt.Variant(read=True, write=False, recurrent=F
 
 
 class Recurrent(nn.Module):
-    """A backbone that is no Transformer: a GRU over the rows, which carries its hidden state."""
+    """A backbone that is no Transformer: a GRU over the rows, which carries its hidden state and counts its calls.
+
+    It is as awkward as the contract allows: a scalar parameter, a carry of shape (B,), and False as a truth value.
+    """
 
     def __init__(self):
         super().__init__()
-        self.gru = nn.GRU(D, D, batch_first=True)
+        self.gru, self.scale = nn.GRU(D, D, batch_first=True), nn.Parameter(torch.ones(()))
+
+    def __len__(self):
+        return 0
 
     def initial_carry(self, batch_size):
-        return (torch.zeros(batch_size, D),)
+        return torch.zeros(batch_size, D), torch.zeros(batch_size)
 
     def forward(self, x, mask, carry):
         y, hidden = self.gru(x, carry[0][None])
-        return x + y, (hidden[0],)
+        return x + self.scale * y, (hidden[0], carry[1] + 1)
 
 
 ROWS = VARIANTS | {f"{name} around a GRU": row._replace(block=Recurrent)
@@ -627,10 +633,12 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: Config(memory_form="layer"), ValueError, "memory_form='layer' must be one of norm, raw"),
     (lambda: Config(write_slot="read"), ValueError, "write_slot='read' must be one of memory, embedding, both"),
     (lambda: Config(memory_mask="full"), ValueError, "memory_mask='full' must be one of paper, causal"),
-    (lambda: Config(dropout=1.0), ValueError, "dropout=1.0 must be at least 0 and below 1"),
-    (lambda: Config(dropout=-0.1), ValueError, "dropout=-0.1 must be at least 0 and below 1"),
-    (lambda: Config(memory_noise=-1), ValueError, "memory_noise=-1 must be at least 0 and finite"),
-    (lambda: Config(memory_noise=math.inf), ValueError, "memory_noise=inf must be at least 0 and finite"),
+    (lambda: Config(dropout=1.0), ValueError, "dropout=1.0 must be from 0 to below 1"),
+    (lambda: Config(dropout=-0.1), ValueError, "dropout=-0.1 must be from 0 to below 1"),
+    (lambda: Config(memory_noise=-1), ValueError, "memory_noise=-1 must be from 0 to below inf"),
+    (lambda: Config(memory_noise="1"), ValueError, "memory_noise='1' must be from 0 to below inf"),
+    (lambda: Config(tie_weights="no"), ValueError, "tie_weights='no' must be True or False"),
+    (lambda: Config(memory_noise=math.inf), ValueError, "memory_noise=inf must be from 0 to below inf"),
     (lambda: build("lstm"), ValueError, "variant='lstm' must be one of transformer, mem_transformer"),
     (lambda: segment_of([[1, 2]]), TypeError, "tokens are list and must be a tensor of integers, for example"),
     (lambda: segment_of(torch.rand(2, 3)), TypeError, "tokens are torch.float64 and must be a tensor of integers"),
@@ -644,19 +652,25 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: segment_of(text(5)), ValueError, "a segment of 5 tokens is longer than segment_len=4: give long"),
     (lambda: segment_of(text(3), tuple(state_of())), TypeError, "state is a tuple and must be a State: start from"),
     (lambda: segment_of(text(3), state_of(batch_size=3)), ValueError, "start from model.initial_state(2)"),
-    (lambda: segment_of(text(3), state_of(n_mem=2)), ValueError, "a state of shapes [(2, 2, 16)] does not fit 'rmt'"),
-    (lambda: segment_of(text(3), state_of(d_model=32)), ValueError, "a state of shapes [(2, 3, 32)] does not fit"),
+    (lambda: segment_of(text(3), state_of(n_mem=2)), ValueError, "shapes ((2, 2, 16), ((), ())) does not"),
+    (lambda: segment_of(text(3), state_of(d_model=32)), ValueError, "shapes ((2, 3, 32), ((), ())) does not"),
     (lambda: segment_of(text(3), state_of("rmt_xl")), ValueError, "does not fit 'rmt' with 2 sequences"),
     (lambda: unroll(build("rmt_xl"), text(3), state_of()), ValueError, "does not fit 'rmt_xl' with 2 sequences"),
     (lambda: segment_of(text(3), state_of("rmt_xl", n_layer=3), "rmt_xl"), ValueError, "does not fit 'rmt_xl'"),
-    (lambda: segment_of(text(3), state_of("rmt_xl", cache_len=6), "rmt_xl"), ValueError, "(2, 6, 16)] does not fit"),
+    (lambda: segment_of(text(3), state_of("rmt_xl", cache_len=6), "rmt_xl"), ValueError, "((2, 6, 16),))) does not"),
+    (lambda: segment_of(text(3), state_of("rmt_xl", n_layer=3)), ValueError, "does not fit 'rmt' with 2 sequences"),
+    (lambda: segment_of(text(3), state_of(n_layer=3)), ValueError, "does not fit 'rmt' with 2 sequences"),
+    (lambda: segment_of(text(3), State(None, ())), ValueError, "a state of shapes (None, ()) does not fit 'rmt'"),
+    (lambda: segment_of(text(3), State(state_of().memory, None)), ValueError, "None) does not fit 'rmt'"),
     (lambda: unroll(build(), text(3), bptt_depth=-1), ValueError, "bptt_depth=-1 must be None (gradient crosses all"),
     (lambda: unroll(build(), text(3), bptt_depth=2.0), ValueError, "bptt_depth=2.0 must be None (gradient crosses all"),
     (lambda: unroll(build(), text(3), bptt_depth=True), ValueError, "bptt_depth=True must be None (gradient"),
     (lambda: generate(build(), text(3), 0), ValueError, "n_new=0 must be an integer of at least 1"),
     (lambda: generate(build(), text(3), 2.0), ValueError, "n_new=2.0 must be an integer of at least 1"),
-    (lambda: generate(build(), text(3), 1, temperature=-1), ValueError, "temperature=-1 must be at least 0 (the most"),
-    (lambda: generate(build(), text(3), 1, temperature=math.nan), ValueError, "temperature=nan must be at least 0"),
+    (lambda: generate(build(), text(3), 1, temperature=-1), ValueError, "temperature=-1 must be 0 (the most likely"),
+    (lambda: generate(build(), text(3), 1, temperature=math.nan), ValueError, "temperature=nan must be 0 (the most"),
+    (lambda: generate(build(), text(3), 1, temperature=1e-45), ValueError, "a finite number from 1e-4 up"),
+    (lambda: generate(build(), text(3), 1, temperature="1"), ValueError, "temperature='1' must be 0 (the most"),
     (lambda: generate(build(), text(3), 1, top_k=0), ValueError, "top_k=0 must be None or an integer above 0"),
     (lambda: generate(build("rmt_encoder"), text(3), 1), ValueError, "sees whole segments and cannot generate"),
     (lambda: attention_maps(build("rmt around a GRU"), text(3), build("rmt around a GRU").initial_state(2)), ValueError,
@@ -771,8 +785,12 @@ class TestScripts:
         ("--steps 0", "--steps 0 must be at least 1"),
         ("--n-mem 0", "--n-mem 0 must be at least 1"),
         ("--steps many", "invalid int value: 'many'"),
-        ("--lr nan", "--lr nan must be at least 0 and finite"),
+        ("--lr nan", "--lr nan must be at least 0 and at most"),
         ("--memory-noise -1", "--memory-noise -1.0 must be at least 0"),
+        ("--seed 99999999999", "--seed 99999999999 must be at least 0 and at most 2147483647"),
+        ("--target 99", "--target 99.0 must be at least 0 and at most 1"),
+        ("--model none", "variant='none' must be one of transformer"),
+        ("--device meta", "--device meta: try --device cpu"),
         ("--bptt-depth -2", "--bptt-depth -2 must be at least -1"),
         ("--d-model 30", "d_model=30 must be divisible by 2 * n_head=8"),
         ("--memory-form sum", "memory_form='sum' must be one of norm, raw"),
@@ -796,6 +814,14 @@ class TestScripts:
                              capture_output=True, text=True, timeout=60)
         assert run.returncode == 0 and "--bptt-depth" in run.stdout and "(default: " in run.stdout
         assert not any(line.split("|")[-1].strip() == "torch" for line in run.stderr.splitlines())
+
+    def test_the_readme_is_true(self):
+        readme, namespace = (ROOT / "README.md").read_text(), {}
+        exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], namespace)
+        assert namespace["logits"].shape == (1, 296, 256)
+        from assets.figures import tables
+        for line in tables():  # what it reports is what is recorded in assets/results
+            assert line in readme
 
     def test_a_missed_target_is_exit_status_1(self, tmp_path):
         run = run_train_copy(*TINY, "--baseline", "none", "--target", 1, cwd=tmp_path)
@@ -869,6 +895,15 @@ class TestTasks:
         tokens, n = train_copy.TASKS[task][0](args, segments, 64, torch.Generator().manual_seed(0))
         assert n >= 1 and (tokens[:, -n:] < symbols).all()
         return tokens, n
+
+    def test_evaluation_never_draws_the_samples_of_training(self):
+        """A CPU generator keeps 32 bits of its seed: seed + 2**32 was the stream of training."""
+        import train_copy
+        model = build("rmt", segment_len=8, vocab_size=13)
+        args = argparse.Namespace(task="copy", symbols=10, segment_len=8, seed=7, eval_samples=64, device="cpu")
+        _, (evaluated, *_) = train_copy.evaluate(args, model, 3, free=False)
+        trained, _ = train_copy.sample(args, model, 3, 64, torch.Generator().manual_seed(args.seed))
+        assert evaluated.shape == trained.shape and not torch.equal(evaluated[:, :8], trained[:, :8])
 
     @pytest.mark.parametrize("segments, T", [(3, 8), (9, 8), (6, 1 + 2)])
     def test_copy_asks_for_the_source_twice_over_the_papers_number_of_segments(self, segments, T):

@@ -70,6 +70,7 @@ def parse():
                                      argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     args = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
+    args["command"] = " ".join(["python", *sys.argv])  # a resumed run keeps the one it began with
     for title, group in FLAGS.items():
         group_parser = parser.add_argument_group(title)
         for name, (default, text) in group.items():
@@ -97,14 +98,16 @@ def parse():
         if saved and name in given and name not in FLAGS["run"].keys() - {"seed"} and value != saved.get(name):
             parser.error(f"{flag} {value}: the run in {out} has {saved.get(name)}; leave the flag out, or start anew")
         for number in value if type(value) is list else [value]:
-            if type(number) in (int, float) and not least <= number < float("inf"):
-                parser.error(f"{flag} {number} must be at least {least} and finite")
+            most = {"seed": 2**31 - 1, "target": 1}.get(name, 10**9)
+            if type(number) in (int, float) and not least <= number <= most:
+                parser.error(f"{flag} {number} must be at least {least} and at most {most}")
     if args["curriculum"] not in ("grow", "random", "fixed"):
         parser.error(f"--curriculum {args['curriculum']} must be grow, random or fixed")
     return argparse.Namespace(**args), parser.error
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     ARGS, ERROR = parse()  # before torch is imported, so that --help and a wrong flag answer at once
 
 import torch
@@ -124,7 +127,7 @@ def special(args, token):
 
 
 def copy(args, segments, batch, generator):
-    """A source, and then the source twice [RMT] sec. 4.1.
+    """A source, and then the source twice [RMT].
 
         input    3 1 4 1   | 3 1 4   1 3 1 4
         target   . . . .   3 1 4 1   3 1 4 1
@@ -134,7 +137,7 @@ def copy(args, segments, batch, generator):
 
 
 def reverse(args, segments, batch, generator):
-    """A source, and then the source backwards [RMT] sec. 4.1.
+    """A source, and then the source backwards [RMT].
 
         input    3 1 4 1   | 1 4 1
         target   . . . .   1 4 1 3
@@ -144,7 +147,7 @@ def reverse(args, segments, batch, generator):
 
 
 def retrieval(args, segments, batch, generator):
-    """A key and its value in each segment, no key twice, and one key asked for [RMT] sec. 4.1.
+    """A key and its value in each segment, no key twice, and one key asked for [RMT].
 
         input    7 | 2 |   5 | 9 |   7 ?
         target   . . . .   . . . .   . 2
@@ -160,7 +163,7 @@ def retrieval(args, segments, batch, generator):
 
 
 def memorize(args, segments, batch, generator, where=0):
-    """A fact in the first segment, noise, and a question at the end [RMT-1M] sec. 4.
+    """A fact in the first segment, noise, and a question at the end [RMT-1M].
 
         input    | 3 1 a   b c d e   ? 3
         target   . . . .   . . . .   3 1
@@ -175,7 +178,7 @@ def memorize(args, segments, batch, generator, where=0):
 
 
 def detect(args, segments, batch, generator):
-    """As memorize, with the fact in a random segment [RMT-1M] sec. 4.
+    """As memorize, with the fact in a random segment [RMT-1M].
 
         input    a b c d   | 3 1 e   ? 3
         target   . . . .   . . . .   3 1
@@ -228,26 +231,25 @@ def sample(args, model, segments, batch, generator):
 def evaluate(args, model, segments, between=lambda state: state, free=True):
     """Share of right answer symbols, teacher-forced and free-running, and of whole answers, on fresh samples.
 
-    between may tamper with the state at each boundary. Returns the samples too: prompts, targets, answers.
+    between may tamper with the state at each boundary. Returns the samples too: inputs, targets, free-running answers.
     """
     model.eval()
-    T, generator = args.segment_len, torch.Generator().manual_seed(args.seed + 2**32)  # never that of training
-    inputs, targets = sample(args, model, segments, max(32, min(args.eval_samples, 2**22 // (segments * T))), generator)
-    state, logits, n_prompt = model.initial_state(len(inputs)), [], inputs.size(1) - targets.size(1) + 1
+    T, generator = args.segment_len, torch.Generator().manual_seed(args.seed + 2**31)  # another stream than training's
+    inputs, targets = sample(args, model, segments, min(args.eval_samples, max(32, 2**22 // (segments * T))), generator)
+    state, logits, n = model.initial_state(len(inputs)), [], targets.size(1)
+    first = (inputs.size(1) - n) // T  # the segment in which the answer begins
     for s, segment in enumerate(inputs.split(T, dim=1)):
         state = between(state)
-        if s == (n_prompt - 1) // T:  # the answer begins here
+        if s == first:
             start = state
         out, state = unroll(model, segment, state)
-        logits += [out] if s >= (n_prompt - 1) // T else []
-    forced = answers = torch.cat(logits, dim=1)[:, -targets.size(1):].argmax(-1)
-    if free and not model.variant.full:
-        prompt = inputs[:, (n_prompt - 1) // T * T:n_prompt]
-        answers = generate(model, prompt, targets.size(1), start, temperature=0)
+        logits += [out] if s >= first else []
+    forced = answers = torch.cat(logits, dim=1)[:, -n:].argmax(-1)
+    if free and not model.variant.full:  # an encoder fills all blanks at once: it runs free already
+        answers = generate(model, inputs[:, first * T:inputs.size(1) - n + 1], n, start, temperature=0)
     scores = {"teacher_forced": forced == targets, "free_running": answers == targets,
               "whole_answers": (answers == targets).all(dim=1)}
-    samples = inputs[:, :n_prompt], targets, answers
-    return {name: right.float().mean().item() for name, right in scores.items()}, samples
+    return {name: right.float().mean().item() for name, right in scores.items()}, (inputs, targets, answers)
 
 
 # ------------------------------------------------------------------------------------------------------------- train
@@ -296,6 +298,8 @@ def train(args, run, name, save):
         if stop:
             raise KeyboardInterrupt
     signal.signal(signal.SIGINT, default)
+    if stop:
+        raise KeyboardInterrupt
 
 
 def write(path, writer):
@@ -310,8 +314,8 @@ def save_runs(args, runs):
     pack = {"model": lambda model: model.state_dict(), "optimizer": lambda optimizer: optimizer.state_dict(),
             "data": lambda generator: generator.get_state()}
     states = {name: {key: pack.get(key, lambda x: x)(x) for key, x in run.items()} for name, run in runs.items()}
-    noise = [torch.get_rng_state(), torch.cuda.get_rng_state() if args.device == "cuda" else None]
-    write(args.out / "checkpoint.pt", lambda path: torch.save({"runs": states, "noise": noise}, path))
+    rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state(args.device)] if args.device.startswith("cuda") else [])]
+    write(args.out / "checkpoint.pt", lambda path: torch.save({"runs": states, "rng": rng}, path))
     rows = [["model", "step", "segments", "loss", *(f"accuracy_{n}" for n in lengths(args))]]
     rows += [[f"{x:.5f}" if type(x) is float else str(x) for x in row] for run in runs.values() for row in run["rows"]]
     write(args.out / "metrics.csv", lambda path: path.write_text("".join(",".join(row) + "\n" for row in rows)))
@@ -326,9 +330,9 @@ def load_runs(args):
         runs[name]["optimizer"].load_state_dict(state.pop("optimizer"))
         runs[name]["data"].set_state(state.pop("data"))
         runs[name].update(state)
-    torch.set_rng_state(saved["noise"][0])
-    if args.device == "cuda" and saved["noise"][1] is not None:
-        torch.cuda.set_rng_state(saved["noise"][1])
+    torch.set_rng_state(saved["rng"][0])
+    if args.device.startswith("cuda") and len(saved["rng"]) > 1:
+        torch.cuda.set_rng_state(saved["rng"][1], args.device)
     return runs
 
 
@@ -362,22 +366,20 @@ def report(args, runs):
         results[name] = evaluate(args, main, args.segments, between, free=False)[0]["teacher_forced"]
         print(f"    {name:38}{results[name]:.3f}")
     print(f"\nthree answers of {args.model}, free-running; ^ is a mistake")
-    for prompt, target, answer in zip(*(part[:3] for part in examples), strict=True):
-        marks = "".join(" ^"[int(a != b)] for a, b in zip(answer, target, strict=True))
-        for name, line in {"input": text(args, prompt), "right": text(args, target), "model": text(args, answer),
-                           "": marks}.items():
-            print(f"    {name:8}{line}")
+    for inputs, target, answer in zip(*(part[:3] for part in examples), strict=True):
+        prompt, marks = inputs[:len(inputs) - len(target) + 1], "".join(" ^"[int(wrong)] for wrong in answer != target)
+        print(f"    input   {text(args, prompt)}\n    right   {text(args, target)}\n    model   {text(args, answer)}\n"
+              f"            {marks}")
     from assets.figures import draw_attention, draw_training
-    prompt, target, _ = (part[:1] for part in examples)
-    figures = {"training": draw_training(args, runs), "attention": draw_attention(
-        main, torch.cat([prompt, target[:, :-1]], dim=1), prompt.size(1) - 1, lambda row: text(args, row))}
+    figures = {"training": draw_training(args, runs),
+               "attention": draw_attention(main, examples[0][:1], examples[1].size(1), lambda row: text(args, row))}
     for name, figure in figures.items():
         write(args.out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=100))
-    cpu = f"{platform.machine()} CPU, {args.threads} thread" + "s" * (args.threads > 1)
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else cpu
-    result = {"command": " ".join(["python", *sys.argv]), "seed": args.seed, "date": time.strftime("%Y-%m-%d"),
-              "versions": f"python {platform.python_version()}, torch {torch.__version__}", "hardware": hardware,
-              "results": results}
+    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else ""
+    result = {"command": args.command, "seed": args.seed, "date": time.strftime("%Y-%m-%d"),
+              "versions": f"python {platform.python_version()}, torch {torch.__version__}",
+              "hardware": gpu or f"{args.device} on {platform.machine()}, threads: {args.threads}",
+              "flags": vars(args) | {"out": str(args.out)}, "results": results}
     write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     return results[args.model][args.segments]["teacher_forced"]
 
@@ -388,13 +390,13 @@ def main(args, error):
     args.eval_segments = args.eval_segments or [min(n * args.segments, longest) for n in (2, 4)]
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     torch.set_num_threads(args.threads)
-    names = list(dict.fromkeys(name for name in (args.model, args.baseline) if name != "none"))
+    names = [args.model] + [args.baseline] * (args.baseline not in ("none", args.model))
     fresh = (path for path in (Path("out") / f"{args.task}-{i}" for i in range(1, 10**6)) if not path.exists())
     args.out = Path(args.out) if args.out else next(fresh)
     config = json.dumps(vars(args) | {"out": str(args.out), "resume": False}, indent=1)
     try:
         check(args)
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
         models = [build(args, name) for name in names]
     except (ValueError, RuntimeError, AssertionError) as reason:
         hint = "" if isinstance(reason, ValueError) else f" (--device {args.device}: try --device cpu)"
@@ -402,14 +404,16 @@ def main(args, error):
     try:
         runs = load_runs(args) if args.resume else {}
         args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "config.json", lambda path: path.write_text(config))
         save_runs(args, runs)
+        write(args.out / "config.json", lambda path: path.write_text(config))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to go on with
     except Exception as reason:  # whatever is wrong with a file or folder, it is one line for the user
-        error(f"--out {args.out} cannot be {'resumed' if args.resume else 'written'}: {str(reason).splitlines()[0]}")
+        what = "resumed, start anew with another --out" if args.resume else "written, name another folder"
+        error(f"--out {args.out} cannot be {what}: {' '.join(str(reason).split())[:160]}")
     print(f"{args.task} over {args.segments} segments of {args.segment_len}: device {args.device}, seed {args.seed}, "
           f"{sum(p.numel() for p in models[0].parameters())} parameters, "
           f"state of {sum(t.numel() for t in tensors(models[0].initial_state(1)))} floats, "
-          f"{args.batch * args.segments * args.segment_len} tokens per step, files in {args.out}")
+          f"at most {args.batch * args.segments * args.segment_len} tokens per step, files in {args.out}")
     for name in names:
         runs[name] = runs.get(name) or new_run(args, name)
         train(args, runs[name], name, lambda: save_runs(args, runs))

@@ -1,6 +1,7 @@
 """Draw the README's pictures from the recorded results.
 
-    python assets/figures.py                                      draws assets/*.png from assets/results/*.json
+    python assets/figures.py                                      draws assets/*.png from assets/results/*.json, and
+                                                                  prints the README's tables
     python assets/figures.py gather length out/*/result.json      puts results of train_copy.py into one record
 
 train_copy.py takes the two pictures of a run from here.
@@ -24,15 +25,37 @@ def gather(name, paths):
     (ASSETS / "results" / f"{name}.json").write_text(f"[\n{lines}\n]\n")
 
 
-def record(name):
-    """The runs of one record."""
-    return json.loads((ASSETS / "results" / f"{name}.json").read_text())
+def record(name, **flags):
+    """The runs of one record that were made with these flags."""
+    runs = json.loads((ASSETS / "results" / f"{name}.json").read_text())
+    return [run for run in runs if all(run["flags"][name] == value for name, value in flags.items())]
 
 
-def flag(run, name, default=None):
-    """The value of a flag in a run's command."""
-    words = run["command"].split()
-    return words[words.index(name) + 1] if name in words else default
+def spread(numbers, digits=3):
+    """The smallest and the largest of the seeds, as 0.996-1.000."""
+    return "–".join(dict.fromkeys(f"{n:.{digits}f}" for n in (min(numbers), max(numbers))))
+
+
+def tables():
+    """The README's tables, line by line."""
+    paper = {("copy", "rmt"): "1.00", ("copy", "transformer_xl"): ".28", ("copy", "transformer"): ".10",
+             ("reverse", "rmt"): ".90", ("reverse", "transformer_xl"): ".67", ("reverse", "transformer"): ".10"}
+    yield "| task | `--model` | teacher-forced | free-running | CPU seconds | paper |"
+    yield "|---|---|---|---|---|---|"
+    for task, segments in (("copy", "9"), ("reverse", "6")):
+        for model in ("rmt", "rmt_xl", "transformer_xl", "mem_transformer", "transformer"):
+            runs = [run["results"][model] for run in record("copying", task=task, model=model)]
+            forced, free = ([run[segments][how] for run in runs] for how in ("teacher_forced", "free_running"))
+            seconds = spread([run["cpu_seconds"] for run in runs], 0)
+            yield (f"| {task}, {segments} segments | `{model}` | {spread(forced)} | {spread(free)} | {seconds} | "
+                   f"{paper.get((task, model), '')} |")
+    yield "| task | noise in training | 8 segments | 64 | 1,024 | 4,096 | paper, 4,096 |"
+    yield "|---|---|---|---|---|---|---|"
+    for task, published in (("memorize", ".906"), ("detect", ".961")):
+        for noise in (1.0, 0.0):
+            runs = [run["results"]["rmt"] for run in record("length", task=task, memory_noise=noise)]
+            scores = " | ".join(spread([run[n]["teacher_forced"] for run in runs]) for n in ("8", "64", "1024", "4096"))
+            yield f"| {task} | {noise} | {scores} | {published} |"
 
 
 def save(figure, name):
@@ -59,18 +82,19 @@ def draw_training(args, runs):
     return figure
 
 
-def draw_attention(model, tokens, answer, text):
+def draw_attention(model, tokens, n_answer, text):
     """The weights, the largest of all heads, of the first segment (a write) and the one where the answer begins.
 
-    tokens (1, length), answer the position of its first output, text a function that writes tokens as characters.
+    tokens (1, length), whose last n_answer outputs are the answer; text is a function that writes tokens as characters.
     """
     from rmt import attention_maps
     T, n_layer, state = model.config.segment_len, model.config.n_layer, model.initial_state(1)
+    answer = (tokens.size(1) - n_answer) // T
     figure, axes = plt.subplots(2, n_layer, squeeze=False, figsize=(4 * n_layer, 7.6), layout="constrained")
-    for s, segment in enumerate(tokens.split(T, dim=1)[:answer // T + 1]):
+    for s, segment in enumerate(tokens.split(T, dim=1)[:answer + 1]):
         weights, widths = attention_maps(model, segment, state)
         names = ("read", "cache", text(segment[0]), "write")
-        for layer, axis in enumerate(axes[int(s > 0)] if s in (0, answer // T) else []):
+        for layer, axis in enumerate(axes[int(s > 0)] if s in (0, answer) else []):
             axis.imshow(weights[layer, 0].amax(0).cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
             for sizes, line, ticks in ((widths, axis.axvline, axis.set_xticks),
                                        ([widths[0], 0, *widths[2:]], axis.axhline, axis.set_yticks)):
@@ -120,9 +144,8 @@ def draw_length():
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     published = {"memorize": 0.906, "detect": 0.961}
     for axis, task in zip(axes, published, strict=True):
-        for noise, line, color in (("1.0", "-o", "black"), ("0", "--s", "0.55")):
-            wanted = ("--task", task), ("--memory-noise", noise)
-            runs = [run for run in record("length") if all(flag(run, name) == value for name, value in wanted)]
+        for noise, line, color in ((1.0, "-o", "black"), (0.0, "--s", "0.55")):
+            runs = record("length", task=task, memory_noise=noise)
             for i, run in enumerate(runs):
                 scores = {int(n): score["teacher_forced"] for n, score in run["results"]["rmt"].items() if n.isdigit()}
                 label = f"noise {noise} in training, {len(runs)} seeds" if i == 0 else None
@@ -130,7 +153,7 @@ def draw_length():
         axis.plot(4096, published[task], "k*", markersize=11, label="published, trained on 7 segments")
         axis.axvspan(2, 8, color="0.9", label="lengths seen in training")
         axis.axhline(0.1, color="0.6", linestyle=":", label="chance")
-        axis.set(xscale="log", xlabel="segments between the first and the question", title=task, ylim=(0, 1.03))
+        axis.set(xlabel="segments of the sample", title=task, ylim=(0, 1.03))
         axis.set_xscale("log", base=2)
     axes[0].set_ylabel("fact symbols right")
     axes[0].legend(fontsize=8, loc="lower left")
@@ -143,17 +166,17 @@ def draw_staircase():
                                          width_ratios=(2, 1))
     shades = {"1": "0", "2": "0.4", "3": "0.7"}
     for axis, curriculum in ((left, "fixed"), (right, "random")):
-        runs = [run for run in record("staircase") if flag(run, "--curriculum") == curriculum]
-        for i, distance in enumerate(sorted({int(flag(run, "--segments")) - 1 for run in runs})):
-            here = [run for run in runs if int(flag(run, "--segments")) - 1 == distance]
-            depths = [int(flag(run, "--bptt-depth")) for run in here]
+        runs = record("staircase", curriculum=curriculum)
+        for i, distance in enumerate(sorted({run["flags"]["segments"] - 1 for run in runs})):
+            here = [run for run in runs if run["flags"]["segments"] - 1 == distance]
+            depths = [run["flags"]["bptt_depth"] for run in here]
             scores = [run["results"]["rmt"][str(distance + 1)]["teacher_forced"] for run in here]
             offset = 0.08 * (i - 1) if curriculum == "fixed" else 0
             name = f"D = {distance}" if curriculum == "fixed" else f"D = 1 .. {distance}, mixed; read at {distance}"
             axis.plot([d + offset for d in depths], scores, "os^"[i], label=name, alpha=0.8,
                       color=shades.get(str(distance), "0") if curriculum == "fixed" else "0")
         axis.axhline(0.1, color="0.6", linestyle=":")
-        axis.set(xlabel="bptt_depth, boundaries", xticks=sorted({int(flag(run, "--bptt-depth")) for run in runs}))
+        axis.set(xlabel="bptt_depth, boundaries", xticks=sorted({run["flags"]["bptt_depth"] for run in runs}))
         axis.legend(fontsize=8, loc="center right")
     left.set(ylabel="fact symbols right", title="the fact is always D segments back", ylim=(0, 1.05))
     right.set(title="distances mixed")
@@ -167,3 +190,4 @@ if __name__ == "__main__":
         draw_method()
         draw_length()
         draw_staircase()
+        print("\n".join(tables()))
