@@ -191,21 +191,16 @@ TASKS = {"copy": (copy, 3), "reverse": (reverse, 2), "retrieval": (retrieval, 1)
          "detect": (detect, 1)}  # the function, and what its number of segments is a multiple of
 
 
-def lengths(args):
-    """The numbers of segments of the training samples, shortest first."""
-    return [n for n in range(2, args.segments + 1) if n % TASKS[args.task][1] == 0]
-
-
 def check(args):
     """Raise ValueError with one line that says which size does not fit the task."""
     unit, least = TASKS[args.task][1], 4 if args.task == "retrieval" else 2
+    if args.segment_len < least:
+        raise ValueError(f"--segment-len {args.segment_len} must be at least {least} for --task {args.task}")
     for n in (args.segments, *args.eval_segments):
         if n % unit or n < 2:
             raise ValueError(f"{n} segments must be at least 2 and a multiple of {unit} for --task {args.task}")
         if args.task == "retrieval" and args.symbols < n - 1:
             raise ValueError(f"--symbols {args.symbols} must be at least {n - 1}, a key for each pair of {n} segments")
-    if args.segment_len < least:
-        raise ValueError(f"--segment-len {args.segment_len} must be at least {least} for --task {args.task}")
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -259,19 +254,19 @@ def new_run(args, variant):
     model = build(args, variant)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     return {"model": model, "optimizer": optimizer, "data": torch.Generator().manual_seed(args.seed), "step": 0,
-            "unlocked": 1 if args.curriculum == "grow" else len(lengths(args)), "loss": 0.0,
-            "accuracy": dict.fromkeys(lengths(args), 0.0), "rows": [], "seconds": 0.0}
+            "unlocked": 1 if args.curriculum == "grow" else len(args.lengths), "loss": 0.0,
+            "accuracy": dict.fromkeys(args.lengths, 0.0), "rows": [], "seconds": 0.0}
 
 
 def train(args, run, name, save):
     """Train one run from where it stands to args.steps. Ctrl-C ends it after a whole step, saved."""
     model, optimizer, accuracy, stop = run["model"].train(), run["optimizer"], run["accuracy"], []
-    fast, depth = torch.compile(model) if args.compile else model, args.bptt_depth if args.bptt_depth >= 0 else None
+    fast, depth = torch.compile(model) if args.compile else model, None if args.bptt_depth < 0 else args.bptt_depth
     default = signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, default)))
     for step in tqdm(range(run["step"], args.steps), name, initial=run["step"], total=args.steps, disable=None):
-        began, n = time.process_time(), lengths(args)[run["unlocked"] - 1]
-        if args.curriculum == "random":
-            n = lengths(args)[torch.randint(len(accuracy), (), generator=run["data"])]
+        began, longest = time.process_time(), run["unlocked"] - 1
+        i = torch.randint(longest + 1, (), generator=run["data"]) if args.curriculum == "random" else longest
+        n = args.lengths[i]
         inputs, targets = sample(args, model, n, args.batch, run["data"])
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50, 2 * (1 - step / args.steps))
@@ -296,7 +291,7 @@ def train(args, run, name, save):
         if run["step"] % args.save_every == 0 or run["step"] == args.steps or stop:
             save()
         if stop:
-            raise KeyboardInterrupt
+            break
     signal.signal(signal.SIGINT, default)
     if stop:
         raise KeyboardInterrupt
@@ -311,12 +306,11 @@ def write(path, writer):
 
 def save_runs(args, runs):
     """checkpoint.pt, with all that an exact resume needs, and metrics.csv."""
-    pack = {"model": lambda model: model.state_dict(), "optimizer": lambda optimizer: optimizer.state_dict(),
-            "data": lambda generator: generator.get_state()}
-    states = {name: {key: pack.get(key, lambda x: x)(x) for key, x in run.items()} for name, run in runs.items()}
+    states = {name: {**run, "model": run["model"].state_dict(), "optimizer": run["optimizer"].state_dict(),
+                     "data": run["data"].get_state()} for name, run in runs.items()}
     rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state(args.device)] if args.device.startswith("cuda") else [])]
     write(args.out / "checkpoint.pt", lambda path: torch.save({"runs": states, "rng": rng}, path))
-    rows = [["model", "step", "segments", "loss", *(f"accuracy_{n}" for n in lengths(args))]]
+    rows = [["model", "step", "segments", "loss", *(f"accuracy_{n}" for n in args.lengths)]]
     rows += [[f"{x:.5f}" if type(x) is float else str(x) for x in row] for run in runs.values() for row in run["rows"]]
     write(args.out / "metrics.csv", lambda path: path.write_text("".join(",".join(row) + "\n" for row in rows)))
 
@@ -325,11 +319,11 @@ def load_runs(args):
     """The runs of checkpoint.pt, ready to go on."""
     saved, runs = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True), {}
     for name, state in saved["runs"].items():
-        runs[name] = new_run(args, name)
-        runs[name]["model"].load_state_dict(state.pop("model"))
-        runs[name]["optimizer"].load_state_dict(state.pop("optimizer"))
-        runs[name]["data"].set_state(state.pop("data"))
-        runs[name].update(state)
+        runs[name] = run = new_run(args, name)
+        for key in ("model", "optimizer"):
+            run[key].load_state_dict(state.pop(key))
+        run["data"].set_state(state.pop("data"))
+        run.update(state)
     torch.set_rng_state(saved["rng"][0])
     if args.device.startswith("cuda") and len(saved["rng"]) > 1:
         torch.cuda.set_rng_state(saved["rng"][1], args.device)
@@ -351,15 +345,15 @@ def report(args, runs):
           "model            segments  teacher-forced    free-running   whole answers")
     for name, run in runs.items():
         results[name] = {"cpu_seconds": round(run["seconds"], 1)}
-        for n in sorted({*lengths(args), *args.eval_segments}):
+        for n in sorted({*args.lengths, *args.eval_segments}):
             results[name][n], samples = evaluate(args, run["model"], n)
             scores = "".join(f"{score:16.3f}" for score in results[name][n].values())
             print(f"{name:16}{n:9}{scores}" + "   longer than in training" * (n > args.segments), flush=True)
             if n == args.segments and run["model"] is main:
                 examples = samples
     low = [n for n in sorted(args.eval_segments) if results[args.model][n]["teacher_forced"] < 0.9]
-    print(f"{args.model} " + (f"falls below 0.9 at {low[0]} segments" if low else "holds 0.9 at every length tried"))
-    print(f"\ncontrols: {args.model} over {args.segments} segments, teacher-forced, with")
+    falls = f"falls below 0.9 at {low[0]} segments" if low else "holds 0.9 at every length tried"
+    print(f"{args.model} {falls}\n\ncontrols: {args.model} over {args.segments} segments, teacher-forced, with")
     controls = {"its initial state at every boundary": lambda state: main.initial_state(len(state.memory)),
                 "the state of another sample": lambda state: map_tensors(lambda t: t.roll(1, 0), state)}
     for name, between in controls.items():
@@ -386,6 +380,7 @@ def report(args, runs):
 
 def main(args, error):
     """Check all there is to check before anything is written; train; report."""
+    args.lengths = [n for n in range(2, args.segments + 1) if n % TASKS[args.task][1] == 0]  # segments in training
     longest = args.symbols + 1 if args.task == "retrieval" else 4 * args.segments  # retrieval runs out of keys
     args.eval_segments = args.eval_segments or [min(n * args.segments, longest) for n in (2, 4)]
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -418,7 +413,7 @@ def main(args, error):
         runs[name] = runs.get(name) or new_run(args, name)
         train(args, runs[name], name, lambda: save_runs(args, runs))
     reached = report(args, runs)
-    verdict = f", target {args.target}: {'reached' if reached >= args.target else 'MISSED'}" if args.target else ""
+    verdict = f", target {args.target}: {'reached' if reached >= args.target else 'MISSED'}" * (args.target > 0)
     print(f"\n{args.model} gets {reached:.3f} of the answer symbols over {args.segments} segments right{verdict}; "
           f"files in {args.out}")
     sys.exit(int(reached < args.target))
