@@ -65,15 +65,16 @@ def save(figure, name):
 
 
 def draw_training(args, runs):
-    """The losses, and the accuracy for each number of segments (of the second run, for the largest)."""
+    """The losses, and the accuracy for each number of segments while it is trained."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for line, (name, run) in zip(("-", "--"), runs.items(), strict=False):
-        steps = [row[1] for row in run["rows"]]
-        left.plot(steps, [row[3] for row in run["rows"]], line, color="black", label=name)
+        left.plot([row[1] for row in run["rows"]], [row[3] for row in run["rows"]], line, color="black", label=name)
         for i, n in enumerate(run["accuracy"]):
-            if line == "-" or n == args.segments:
+            rows = [row for row in run["rows"] if args.curriculum == "random" or row[2] == n]  # while n is trained
+            if rows:
                 shade = str(0.7 - 0.7 * (i + 1) / len(run["accuracy"]))
-                right.plot(steps, [row[4 + i] for row in run["rows"]], line, color=shade, label=f"{name}, {n} segments")
+                right.plot([row[1] for row in rows], [row[4 + i] for row in rows], line, color=shade,
+                           label=f"{name}, {n} segments")
     right.axhline(1 / args.symbols, color="0.6", linestyle=":", label="chance")
     left.set(xlabel="training step", ylabel="loss, nats per answer symbol", title=f"{args.task}, seed {args.seed}")
     right.set(xlabel="training step", ylabel="answer symbols right", ylim=(0, 1.03), title="by number of segments")
