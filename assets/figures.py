@@ -156,6 +156,7 @@ def draw_length():
         axis.axhline(0.1, color="0.6", linestyle=":", label="chance")
         axis.set(xlabel="segments of the sample", title=task, ylim=(0, 1.03))
         axis.set_xscale("log", base=2)
+        axis.set_xticks([2, 8, 64, 512, 4096], ["2", "8", "64", "512", "4,096"])
     axes[0].set_ylabel("fact symbols right")
     axes[0].legend(fontsize=8, loc="lower left")
     save(figure, "length")
