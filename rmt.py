@@ -415,9 +415,10 @@ def check(model, tokens, state=None):
         fits = (map_tensors(form, state) == model.form and all(len(t) == B for t in tensors(state))
                 and state.memory.size(1) == len(model.memory) * model.variant.recurrent)
         cached = {t.size(1) for t in tensors(state.carry)} if fits and model.n_cache else {0}
-        shapes = tuple(map_tensors(lambda t: tuple(t.shape), state))
-        require(fits and len(cached) == 1 and max(cached) <= model.n_cache, f"a state of shapes {shapes} does not fit "
-                f"{config.variant!r} with {B} sequences: start from model.initial_state({B})")
+        fits = fits and len(cached) == 1 and max(cached) <= model.n_cache
+        shapes = None if fits else tuple(map_tensors(lambda t: tuple(t.shape), state))
+        require(fits, f"a state of shapes {shapes} does not fit {config.variant!r} with {B} sequences: start from "
+                f"model.initial_state({B})")
 
 
 # -------------------------------------------------------------------------------------------------- 5. the segment loop

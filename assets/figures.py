@@ -93,21 +93,27 @@ def draw_attention(model, tokens, n_answer, text):
     answer = (tokens.size(1) - n_answer) // T
     figure, axes = plt.subplots(2, n_layer, squeeze=False, figsize=(4 * n_layer, 7.6), layout="constrained")
     for s, segment in enumerate(tokens.split(T, dim=1)[:answer + 1]):
-        weights, widths = attention_maps(model, segment, state)
-        names = ("read", "cache", text(segment[0]), "write")
-        for layer, axis in enumerate(axes[int(s > 0)] if s in (0, answer) else []):
-            axis.imshow(weights[layer, 0].amax(0).cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
-            for sizes, line, ticks in ((widths, axis.axvline, axis.set_xticks),
-                                       ([widths[0], 0, *widths[2:]], axis.axhline, axis.set_yticks)):
-                starts = [sum(sizes[:i]) - 0.5 for i in range(4)]
-                for start in starts[1:]:
-                    line(start, color="black", linewidth=0.8)
-                ticks([start + size / 2 for start, size in zip(starts, sizes, strict=True) if size],
-                      [name for name, size in zip(names, sizes, strict=True) if size])
-            title = f"{'write' if s == 0 else 'read'}: segment {s + 1}, layer {layer + 1}"
-            axis.set(title=title, xlabel="seen", ylabel="looks")
+        if s in (0, answer):
+            weights, widths = attention_maps(model, segment, state)
+            for layer, axis in enumerate(axes[int(s > 0)]):
+                draw_map(axis, weights[layer, 0].amax(0), widths, ("read", "cache", text(segment[0]), "write"))
+                axis.set_title(f"{'write' if s == 0 else 'read'}: segment {s + 1}, layer {layer + 1}")
         _, state = model(segment, state)
+        state = state.detach()
     return figure
+
+
+def draw_map(axis, weights, widths, names):
+    """One attention matrix, with the borders and the names of its blocks of columns and rows (no cache there)."""
+    axis.imshow(weights.cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
+    axis.set(xlabel="seen", ylabel="looks")
+    for sizes, line, ticks in ((widths, axis.axvline, axis.set_xticks),
+                               ([widths[0], 0, *widths[2:]], axis.axhline, axis.set_yticks)):
+        starts = [sum(sizes[:i]) - 0.5 for i in range(4)]
+        for start in starts[1:]:
+            line(start, color="black", linewidth=0.8)
+        ticks([start + size / 2 for start, size in zip(starts, sizes, strict=True) if size],
+              [name for name, size in zip(names, sizes, strict=True) if size])
 
 
 def draw_method():
