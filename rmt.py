@@ -37,7 +37,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -144,27 +146,35 @@ class Attention(nn.Module):
         n_position = n_cache + config.segment_len + 2 * config.n_mem
         self.register_buffer("rope", rope_table(n_position, config.d_model // config.n_head), persistent=False)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, N, D), context (B, c + N, D), mask (N, c + N), True = may look, None = causal -> (B, N, D)."""
-        q, k, v = self.project(x, context)
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, past: list | None = None) -> Tensor:
+        """x (B, N, D), context (B, c + N, D), mask (N, c + N), True = may look, None = causal -> (B, N, D).
+
+        A list past, empty at a segment's start, gathers keys and values: x can be a part of the rows, the next call
+        gets those that follow, and columns of its mask are all keys so far.
+        """
+        q, k, v = self.project(x, context, past)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).flatten(-2))
 
-    def project(self, x, context):
-        """Rotated queries (B, H, N, E), rotated keys and values (B, H, c + N, E)."""
-        n, c = x.size(1), context.size(1) - x.size(1)
+    def project(self, x, context, past=None):
+        """Rotated queries (B, H, N, E), rotated keys and values (B, H, c + N, E), those of the past before them."""
+        n, c, done = x.size(1), context.size(1) - x.size(1), past[0] if past else 0
         if c == 0:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             w_q, w_kv = self.qkv.weight.tensor_split([x.size(2)])
             q, (k, v) = F.linear(x, w_q), F.linear(context, w_kv).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
-        return rotate(q, self.angles(n, 0)), rotate(k, self.angles(n, c)), v
+        q, k = rotate(q, self.angles(n, 0, done)), rotate(k, self.angles(n, c, done))
+        if past is not None:
+            k, v = (torch.cat([past[1], k], dim=2), torch.cat([past[2], v], dim=2)) if past else (k, v)
+            past[:] = done + n, k, v
+        return q, k, v
 
-    def angles(self, n, c):
-        """Cosines and sines for n rows and for c cached ones between the read rows and the rest: (2, c + n, E / 2)."""
-        if self.n_cache == 0:
-            return self.rope[:, :n]
+    def angles(self, n, c, done):
+        """For n rows after the first done, and c cached ones between the read rows and the rest: (2, c + n, E / 2)."""
+        if self.n_cache == 0 or done > 0:
+            return self.rope[:, self.n_cache + done:self.n_cache + done + n]
         return torch.cat([self.rope[:, :self.n_read], self.rope[:, self.n_read + self.n_cache - c:self.n_cache + n]], 1)
 
     def weights(self, x, context, mask):
@@ -189,14 +199,14 @@ class Block(nn.Module):
         """What the first segment carries in: a tuple of tensors, here none."""
         return ()
 
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
         """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
         h = self.norm_1(x)
-        return self.residual(x, h, h, mask), carry
+        return self.residual(x, h, h, mask, past), carry
 
-    def residual(self, x, h, context, mask):
+    def residual(self, x, h, context, mask, past):
         """Both sublayers: attention of the normed rows h to the context, then the feed-forward layer."""
-        x = x + self.dropout(self.attn(h, context, mask))
+        x = x + self.dropout(self.attn(h, context, mask, past=past))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
@@ -217,14 +227,16 @@ class CacheBlock(Block):
         """An empty cache (B, 0, D)."""
         return (self.norm_1.weight.new_zeros(batch_size, 0, len(self.norm_1.weight)),)
 
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
         """x (B, N, D), mask (N, c + N) or None, carry -> x (B, N, D), next carry."""
         (cache,), h = carry, self.norm_1(x)
+        if past:
+            return self.residual(x, h, h, mask, past), carry  # the cache is in the past already
         context = torch.cat([h[:, :self.n_read], self.norm_1(cache), h[:, self.n_read:]], dim=1)
         tokens = x[:, self.n_read:x.size(1) - self.n_write]
         n_stale = max(0, cache.size(1) + tokens.size(1) - self.n_cache)
         cache = torch.cat([cache[:, n_stale:], tokens[:, -self.n_cache:]], dim=1).detach()
-        return self.residual(x, h, context, mask), (cache,)
+        return self.residual(x, h, context, mask, past), (cache,)
 
 
 # --------------------------------------------------------------------------------------------------------- 4. the model
@@ -267,11 +279,11 @@ class Transformer(nn.Module):
         """One carry per layer."""
         return tuple(block.initial_carry(batch_size) for block in self.blocks)
 
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
         """x (B, N, D), mask (N, C + N) or None, carry -> x (B, N, D) before the final norm, next carry."""
-        carries = []
-        for block, layer_carry in zip(self.blocks, carry, strict=True):
-            x, layer_carry = block(x, mask, layer_carry)
+        carries, past = [], past or [None] * len(self.blocks)
+        for block, layer_carry, layer_past in zip(self.blocks, carry, past, strict=True):
+            x, layer_carry = block(x, mask, layer_carry, layer_past)
             carries.append(layer_carry)
         return x, tuple(carries)
 
@@ -456,17 +468,17 @@ def unroll(model, tokens: Tensor, state: State | None = None, bptt_depth: int | 
 
 
 @torch.no_grad()
-def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temperature: float = 1.0,
-             top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """Continue tokens (B, length), which begin at a segment boundary from state, by n_new tokens -> (B, n_new).
+def stream(model, tokens: Tensor, state: State | None = None, temperature: float = 1.0, top_k: int | None = None,
+           generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Continue tokens (B, length), which begin at a segment boundary from state: yield new tokens (B, 1) without end.
 
-    A full segment hands its memory on; until then each new token is computed from the segment so far, whose write rows
-    no token sees. Temperature 0 takes the most likely token, top_k samples among the k most likely. Call model.eval()
-    first. Raises ValueError or TypeError for bad arguments, and for a variant in which tokens see their own future.
+    A new token costs one row, whose keys and values are kept until the segment is full and hands its state on; a
+    backbone other than Transformer recomputes the segment so far. Temperature 0 takes the most likely token, top_k
+    samples among the k most likely. Call model.eval() first. Raises ValueError or TypeError, when the first token is
+    asked for, for bad arguments and for a variant in which tokens see their own future.
     """
     check(model, tokens)
     require(not model.variant.full, f"{model.config.variant!r} sees whole segments and cannot generate: use 'rmt'")
-    require(type(n_new) is int and n_new > 0, f"n_new={n_new!r} must be an integer of at least 1")
     require(type(temperature) in (int, float) and (temperature == 0 or 1e-4 <= temperature < math.inf),
             f"temperature={temperature!r} must be 0 (the most likely token) or a finite number from 1e-4 up")
     require(top_k is None or (type(top_k) is int and top_k > 0), f"top_k={top_k!r} must be None or an integer above 0")
@@ -474,19 +486,36 @@ def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temp
     n_full = (tokens.size(1) - 1) // T * T  # tokens of segments that are full and have a successor
     if n_full:
         _, state = unroll(model, tokens[:, :n_full], state, last_only=True)
-    segment, new = tokens[:, n_full:].long(), []
-    for _ in range(n_new):
-        logits, next_state = model(segment, state)
-        logits = logits[:, -1]
-        if top_k is not None:
-            logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
-        new.append(logits.argmax(-1, keepdim=True) if temperature == 0 else
+    segment = tokens[:, n_full:].long()
+    check(model, segment, state)
+    while True:
+        past = [[] for _ in model.backbone.blocks] if isinstance(model.backbone, Transformer) else None
+        for _ in range(segment.size(1), T + 1):
+            logits = model(segment, state)[0][:, -1] if past is None else extend(model, segment, state, past)
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+            new = (logits.argmax(-1, keepdim=True) if temperature == 0 else
                    torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator))
-        if segment.size(1) == T:
-            segment, state = new[-1], next_state
-        else:
-            segment = torch.cat([segment, new[-1]], dim=1)
-    return torch.cat(new, dim=1)
+            yield new
+            segment = torch.cat([segment, new], dim=1)
+        (_, state), segment = model(segment[:, :T], state), new
+
+
+def extend(model, segment, state, past):
+    """Logits (B, V) after the last token of the segment so far; past, a list per layer, gains the rows it lacks."""
+    n_cached = state.carry[0][0].size(1) if model.n_cache else 0
+    rows = slice(past[0][0] if past[0] else 0, model.n_read + segment.size(1))
+    mask = segment_mask(model.n_read, n_cached, segment.size(1), 0, model.config.memory_mask, segment.device)
+    x = model.wrap(segment, state.memory)[:, rows]
+    x, _ = model.backbone(x, mask[rows], state.carry, past)  # what it carries on counts when the segment is over
+    return model.head(model.norm(x[:, -1]))
+
+
+@torch.no_grad()
+def generate(model, tokens: Tensor, n_new: int, state: State | None = None, **choice) -> Tensor:
+    """Continue tokens (B, length) by n_new tokens -> (B, n_new); other arguments and errors are those of `stream`."""
+    require(type(n_new) is int and n_new > 0, f"n_new={n_new!r} must be an integer of at least 1")
+    return torch.cat([*islice(stream(model, tokens, state, **choice), n_new)], dim=1)
 
 
 @torch.no_grad()

@@ -103,6 +103,33 @@ def draw_attention(model, tokens, n_answer, text):
     return figure
 
 
+def draw_loss(runs):
+    """Bits per character over the characters read, in training and on the validation part."""
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for shade, (name, run) in zip(("0", "0.6"), runs.items(), strict=False):
+        rows = [row for row in run["rows"] if row[2] > 0.05 * run["rows"][-1][2]]
+        axis.plot([row[2] for row in rows], [row[4] for row in rows], color=shade, linewidth=1, label=f"{name}, training")
+        rows = [row for row in rows if row[5] != ""]
+        axis.plot([row[2] for row in rows], [row[5] for row in rows], "o--", color=shade, label=f"{name}, validation")
+    axis.set(xlabel="characters read", ylabel="bits per character")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def draw_position(results):
+    """Bits per character of the test part by position in the segment, with the state carried and with it reset."""
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for shade, (name, result) in zip(("0", "0.6"), results.items(), strict=False):
+        for state, line in (("carried", "-o"), ("reset", ":")):
+            if state in result:
+                bits = result[state]["by_position"]
+                label = f"{name}, state {state}" if "reset" in result else name
+                axis.plot(range(1, len(bits) + 1), bits, line, color=shade, markersize=3, linewidth=1, label=label)
+    axis.set(xlabel="position in the segment, characters", ylabel="bits per character")
+    axis.legend(fontsize=8)
+    return figure
+
+
 def draw_map(axis, weights, widths, names):
     """One attention matrix, with the borders and the names of its blocks of columns and rows (no cache there)."""
     axis.imshow(weights.cpu().numpy(), cmap="Greys", vmin=0, vmax=1)

@@ -1,0 +1,512 @@
+"""Train a character-level language model with memory, beside the same model without it, and write text with it.
+
+    python train_lm.py                                   laptop, 4 minutes, nothing to download: Python's standard library;
+                                                         rmt ends at least 0.05 bits per character below transformer
+    python train_lm.py --data book.txt notes/            the same on your own text, files and folders
+    python train_lm.py --sample --out out/python-1 --prompt "def " --length 500          a trained model writes on
+    python train_lm.py --data enwik8 --bf16 --segment-len 128 --n-layer 6 --d-model 384 --n-head 6 --dropout 0.1
+        --lr 1e-3 --steps 20000                          one GPU; not measured yet
+    torchrun --nproc-per-node 4 train_lm.py --data enwik8 --bf16 --segment-len 128 --n-layer 12 --d-model 512 --n-head 8
+        --n-mem 10 --memory-form norm --write-slot memory --dropout 0.1 --batch 24 --lr 2.5e-4 --steps 400000
+                                                         the paper's enwik8 model on four GPUs; not measured yet
+
+Writes config.json, metrics.csv, checkpoint.pt, result.json, loss.png, position.png and sample.txt to --out.
+"""
+import argparse
+import codecs
+import gzip
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import socket
+import sys
+import sysconfig
+import time
+import urllib.request
+import zipfile
+from itertools import islice
+from pathlib import Path
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+FLAGS = {  # group, flag, default, help
+    "data": {
+        "data": (["python"], "python (its standard library), shakespeare, enwik8, text8, or files and folders of text")},
+    "model": {
+        "model": ("rmt", "a row of VARIANTS in rmt.py"),
+        "baseline": ("transformer", "a second row, trained in the same way, or none"),
+        "segment_len": (32, "T, characters per segment"),
+        "n_layer": (2, "layers"),
+        "n_head": (4, "heads"),
+        "d_model": (64, "width"),
+        "n_mem": (8, "M, memory tokens"),
+        "cache_len": (32, "C, positions cached per layer, for transformer_xl and rmt_xl"),
+        "memory_form": ("raw", "what is handed on: norm or raw, see Config in rmt.py"),
+        "write_slot": ("embedding", "what the write rows are fed: memory, embedding or both, see Config in rmt.py"),
+        "memory_noise": (0.0, "noise on the handed-on memory in training, up to this fraction of its RMS"),
+        "dropout": (0.0, "dropout on embeddings and sublayers")},
+    "training": {
+        "steps": (1500, "optimizer steps"),
+        "batch": (32, "streams through the text, read side by side; the ranks of torchrun share them"),
+        "segments_per_step": (2, "segments that a stream advances in a step; its state is carried to the next step"),
+        "bptt_depth": (-1, "boundaries within a step that gradient crosses, -1 for all"),
+        "reset_every": (16, "steps after which all streams start anew from the learned memory, 0 for never"),
+        "lr": (0.012, "learning rate, falling to 0 along a cosine"),
+        "warmup": (50, "steps in which the learning rate rises"),
+        "accumulate": (1, "parts in which the streams are computed, one after the other: less memory"),
+        "checkpoint": (False, "recompute the activations of each segment: less memory, more time"),
+        "bf16": (False, "bfloat16 autocast"),
+        "compile": (False, "torch.compile the model"),
+        "seed": (0, "of the weights, of dropout and of samples")},
+    "sample": {
+        "sample": (False, "write text with the model in --out instead of training"),
+        "prompt": ("", "text to go on from"),
+        "length": (1000, "characters to write"),
+        "temperature": (0.8, "0 takes the most likely character"),
+        "top_k": (0, "sample among so many most likely characters, 0 for all")},
+    "run": {
+        "device": ("auto", "cpu, cuda, mps, or auto: cuda where there is one, else cpu"),
+        "threads": (1, "CPU threads; models this small are fastest with one"),
+        "eval_every": (500, "steps between evaluations on the validation part"),
+        "eval_length": (200_000, "characters of the validation part that they read"),
+        "save_every": (250, "steps between checkpoints"),
+        "out": ("", "folder to write to, default out/TEXT-N with the first N that is free"),
+        "resume": (False, "go on with the run in --out, to the same numbers as if it had not stopped")}}
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+def fail(message):
+    """One line, and exit status 2."""
+    if RANK == 0:
+        print(f"train_lm.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse():
+    """Flags from the command line, else of the run in --out that is resumed or sampled from, else the defaults."""
+    parser = argparse.ArgumentParser(usage="python train_lm.py [flags]", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    for title, group in FLAGS.items():
+        group_parser = parser.add_argument_group(title)
+        for name, (default, text) in group.items():
+            kind = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(type(default), {"type": type(default)})
+            shown = "" if default in ("", False) else f" (default: {default[0] if name == 'data' else default})"
+            group_parser.add_argument("--" + name.replace("_", "-"), default=default, help=text + shown, **kind)
+    args, saved = parser.parse_args(), {}
+    config = Path(args.out) / "config.json"
+    if args.resume or args.sample:
+        try:
+            saved = dict(json.loads(config.read_text()))
+        except (OSError, ValueError, TypeError) as reason:
+            fail(f"no run in --out '{args.out}' ({reason}): name the folder of an earlier run")
+        parser.set_defaults(**saved)
+        args = parser.parse_args()
+    elif args.out and config.exists():
+        fail(f"--out {args.out} already holds a run: add --resume to go on with it, or name another folder")
+    for title, group in FLAGS.items():
+        for name, (default, _) in group.items():
+            value, flag = getattr(args, name), "--" + name.replace("_", "-")
+            if args.resume and title in ("data", "model", "training") and value != saved.get(name):
+                fail(f"{flag} {value}: the run in {args.out} has {saved.get(name)}; leave it out, or start anew")
+            least = {"bptt_depth": -1}.get(name, 0 if type(default) is float or name in ("seed", "top_k", "reset_every") else 1)
+            if type(default) in (int, float) and not least <= value <= 10**9:
+                fail(f"{flag} {value} must be at least {least} and at most 10**9")
+    args.command = saved.get("command", " ".join(["python", *sys.argv]))  # a resumed run keeps the one it began with
+    return args
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    ARGS = parse()  # before torch is imported, so that --help and a wrong flag answer at once
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from rmt import RMT, Config, State, map_tensors, stream, tensors, unroll
+
+# --------------------------------------------------------------------------------------------------------------- data
+# Bytes are the characters. A text has three parts of 90, 5 and 5 %; its vocabulary are the bytes of the first.
+
+DOWNLOADS = {  # address, sha256
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/"
+                    "tinyshakespeare/input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
+    "text8": ("http://mattmahoney.net/dc/text8.zip", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")}
+
+
+def read(data):
+    """The bytes of --data. Raises ValueError or OSError."""
+    if data == ["python"]:
+        root, tests = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        paths = [path for path in root.rglob("*.py") if not tests & set(path.relative_to(root).parts)]
+    elif data[0] in DOWNLOADS and len(data) == 1:
+        return download(*DOWNLOADS[data[0]])
+    else:
+        inside = [path.rglob("*") if path.is_dir() else [path] for path in map(Path, data)]
+        paths = [path for group in inside for path in group if not path.is_dir() and not path.name.startswith(".")]
+    parts = {path: path.read_bytes() for path in sorted(paths, key=lambda path: path.as_posix())}
+    for path, part in parts.items():
+        if b"\0" in part:
+            raise ValueError(f"--data {path} holds zero bytes, so it is no text in UTF-8 or single bytes: name text files")
+    return b"".join(parts.values())
+
+
+def download(url, sha256):
+    """The bytes at an address, unzipped; what was sent is kept in out/data."""
+    path = Path("out/data") / url.split("/")[-1]
+
+    def fetch(temporary):
+        with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+            def progress(_, block, size):
+                bar.total = size
+                bar.update(block)
+            urllib.request.urlretrieve(url, temporary, progress)
+        found = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        if found != sha256:
+            raise OSError(f"it has sha256 {found}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(30)
+        write(path, fetch, f"fetch {url} (sha256 {sha256}) by other means, and give the unpacked text with --data FILE")
+    return zipfile.ZipFile(path).read(path.stem) if path.suffix == ".zip" else path.read_bytes()
+
+
+class Text:
+    """The parts train, valid and test of some bytes, each a tensor of indices into vocabulary."""
+
+    def __init__(self, raw):
+        cuts = [len(raw) * percent // 100 for percent in (0, 90, 95, 100)]
+        self.sha256, self.vocabulary = hashlib.sha256(raw).hexdigest(), bytes(sorted(set(raw[:cuts[1]])))
+        unseen = bytes(set(range(256)) - set(self.vocabulary))
+        indices = bytes.maketrans(self.vocabulary, bytes(range(len(self.vocabulary))))
+        parts = [raw[start:end].translate(indices, unseen) for start, end in zip(cuts, cuts[1:], strict=False)]
+        self.train, self.valid, self.test = (torch.from_numpy(np.frombuffer(part, np.uint8).copy()) for part in parts)
+        self.n_unseen = len(raw) - sum(map(len, parts))
+
+    def decode(self, tokens):
+        """The bytes of tokens."""
+        return bytes(self.vocabulary[i] for i in tokens.tolist())
+
+
+def streams(tokens, n):
+    """Cut tokens into n streams of equal length (n, length + 1); each ends with the first token of the next."""
+    length = (len(tokens) - 1) // n
+    return torch.stack([tokens[i * length:(i + 1) * length + 1] for i in range(n)])
+
+
+def references(text):
+    """Bits per character of the test part without a network: by counts of the training part, and by gzip."""
+    V, pairs = len(text.vocabulary), 1
+    for piece in torch.arange(len(text.train) - 1).split(10**7):
+        pairs += torch.bincount(text.train[piece].long() * V + text.train[piece + 1], minlength=V * V)
+    pairs, first, second = pairs.view(V, V).double(), text.test[:-1].long(), text.test[1:].long()
+    return {"uniform": math.log2(V), "unigram": -(pairs.sum(0) / pairs.sum())[second].log2().mean().item(),
+            "bigram": -(pairs / pairs.sum(1, keepdim=True))[first, second].log2().mean().item(),
+            "gzip -9": 8 * len(gzip.compress(text.decode(text.test), 9)) / len(text.test)}
+
+
+# -------------------------------------------------------------------------------------------------- model and evaluation
+
+def build(args, variant, vocab_size):
+    """A model of one row of VARIANTS, at its initial weights."""
+    torch.manual_seed(args.seed)
+    sizes = {name: getattr(args, name) for name in FLAGS["model"].keys() - {"model", "baseline"}}
+    model = RMT(Config(variant, vocab_size, **sizes)).to(args.device)
+    if model.variant.full:
+        raise ValueError(f"--model {variant} sees whole segments, the next character too: use rmt")
+    return model
+
+
+@torch.no_grad()
+def evaluate(args, model, part, between=lambda state: state):
+    """Bits per character over a part of the text and by position in the segment, and the floats of a stream's state.
+
+    One pass, in up to 64 streams, the state carried. between may tamper with the state at each boundary.
+    """
+    T = args.segment_len
+    rows = streams(part, min(64, (len(part) - 1) // T)).to(args.device)
+    state, bits, counts = model.eval().initial_state(len(rows)), torch.zeros(T, device=args.device), torch.zeros(T)
+    for inputs, targets in zip(rows[:, :-1].split(T, dim=1), rows[:, 1:].split(T, dim=1), strict=True):
+        logits, state = model(inputs, between(state))
+        bits[:inputs.size(1)] += F.cross_entropy(logits.transpose(1, 2), targets.long(), reduction="none").sum(0)
+        counts[:inputs.size(1)] += len(rows)
+    bits = bits.cpu() / math.log(2)
+    return {"bpc": (bits.sum() / counts.sum()).item(), "by_position": (bits / counts).tolist(),
+            "state_floats": sum(t.numel() for t in tensors(state)) // len(rows)}
+
+
+def encode(args, vocabulary, prompt):
+    """The bytes of a prompt, or the first of the vocabulary. Raises ValueError for bytes that it has not."""
+    unknown = [character for character in prompt if set(character.encode()) - set(vocabulary)]
+    if unknown:
+        raise ValueError(f"--prompt has {unknown[0]!r}, which never occurs in the training part: leave it out")
+    return prompt.encode() or vocabulary[:1]
+
+
+def write_on(args, model, vocabulary, prompt):
+    """Yield a prompt of bytes and then those that the model writes after it."""
+    tokens = torch.tensor([[vocabulary.index(byte) for byte in prompt]], device=args.device)
+    new = stream(model.eval(), tokens, temperature=args.temperature, top_k=args.top_k or None,
+                 generator=torch.Generator(args.device).manual_seed(args.seed))
+    yield prompt
+    for token in islice(new, args.length):
+        yield vocabulary[token.item():token.item() + 1]
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+class Segments(torch.nn.Module):
+    """The loss of some segments, and the state after them; a module, because DistributedDataParallel wraps modules."""
+
+    def __init__(self, args, model):
+        super().__init__()
+        self.args, self.model, self.fast = args, model, [torch.compile(model) if args.compile else model]
+
+    def forward(self, inputs, targets, state):
+        depth = None if self.args.bptt_depth < 0 else self.args.bptt_depth
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.args.bf16):
+            logits, state = unroll(self.fast[0], inputs, state, depth, self.args.checkpoint)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long()), state.detach()
+
+
+def new_run(args, variant, vocab_size):
+    """All that training changes, at step 0."""
+    model = build(args, variant, vocab_size)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.98), weight_decay=0.01,
+                                  fused=not args.device.startswith("mps"))
+    torch.manual_seed(args.seed + RANK)  # dropout differs from rank to rank
+    return {"model": model, "optimizer": optimizer, "step": 0, "states": [None] * args.accumulate, "bpc": 0.0,
+            "rows": [], "seconds": 0.0}
+
+
+def train(args, run, name, text, save):
+    """Train one run from where it stands to args.steps. Ctrl-C ends it after a whole step, saved."""
+    model, optimizer, states, stop = run["model"].train(), run["optimizer"], run["states"], []
+    segments = Segments(args, model)
+    if RANKS > 1:  # where no stream starts anew, the initial memory is not used
+        segments = DistributedDataParallel(segments, find_unused_parameters=True)
+    rows = streams(text.train, args.batch).chunk(RANKS)[RANK].to(args.device)
+    width, clock = args.segments_per_step * args.segment_len, time.process_time if args.device == "cpu" else time.time
+    default = signal.signal(signal.SIGINT, lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, default)))
+    for step in tqdm(range(run["step"], args.steps), name, initial=run["step"], total=args.steps,
+                     disable=RANK > 0 or None):
+        began, start = clock(), step % ((rows.size(1) - 1) // width) * width
+        if start == 0 or (args.reset_every and step % args.reset_every == 0):
+            states[:] = [None] * args.accumulate
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / args.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+
+        optimizer.zero_grad()
+        losses = []
+        for i, part in enumerate(rows[:, start:start + width + 1].chunk(args.accumulate)):
+            loss, states[i] = segments(part[:, :-1], part[:, 1:], states[i])  # unroll and cross entropy
+            (loss / args.accumulate).backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+        shared = torch.stack([torch.stack(losses).mean() / RANKS, torch.tensor(float(len(stop)), device=args.device)])
+        if RANKS > 1:
+            dist.all_reduce(shared)  # so that all ranks log the mean, and stop at the same step
+        loss, stopped = shared.tolist()
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} at step {step + 1}: start anew with an --lr smaller than {args.lr}")
+        run["bpc"] += (0.05 if step else 1) * (loss / math.log(2) - run["bpc"])
+        run["step"], run["seconds"] = step + 1, run["seconds"] + clock() - began
+        valid = ""
+        if run["step"] % args.eval_every == 0 and RANK == 0:
+            valid = evaluate(args, model, text.valid[:args.eval_length])["bpc"]
+            model.train()
+            tqdm.write(f"{name:16} step {step + 1:6}   bits per character: train {run['bpc']:.3f}   valid {valid:.3f}")
+        if run["step"] % 20 == 0 or valid:
+            run["rows"].append([name, step + 1, (step + 1) * args.batch * width, run["seconds"], run["bpc"], valid])
+        if run["step"] % args.save_every == 0 or run["step"] == args.steps or stopped:
+            save()
+        if stopped:
+            break
+    signal.signal(signal.SIGINT, default)
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def write(path, writer, advice="make room; what stood there before is whole"):
+    """Write to a temporary name and move it into place, so that a write that fails leaves the old file whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        writer(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as reason:  # a full disk makes torch.save raise the second
+        temporary.unlink(missing_ok=True)
+        fail(f"{path} cannot be written ({reason}): {advice}")
+
+
+def save_runs(args, runs, text):
+    """checkpoint.pt, with all that an exact resume needs, and metrics.csv. All ranks call it, the first one writes."""
+    rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if args.device.startswith("cuda") else [])]
+    states = {name: [state and tuple(map_tensors(torch.Tensor.cpu, state)) for state in run["states"]]
+              for name, run in runs.items()}
+    ranks = [{"rng": rng, "states": states}] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(ranks, ranks[RANK])
+    if RANK > 0:
+        return
+    saved = {name: {**run, "model": run["model"].state_dict(), "optimizer": run["optimizer"].state_dict(), "states": None}
+             for name, run in runs.items()}
+    checkpoint = {"runs": saved, "ranks": ranks, "vocabulary": list(text.vocabulary), "sha256": text.sha256}
+    write(args.out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+    rows = [["model", "step", "characters", "seconds", "train_bpc", "valid_bpc"]]
+    rows += [[f"{x:.5f}" if type(x) is float else str(x) for x in row] for run in runs.values() for row in run["rows"]]
+    write(args.out / "metrics.csv", lambda path: path.write_text("".join(",".join(row) + "\n" for row in rows)))
+
+
+def load_runs(args, text=None):
+    """The runs of checkpoint.pt and their vocabulary; with a text, ready to go on with it. Raises ValueError."""
+    saved, runs = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True), {}
+    ranks, vocabulary = saved["ranks"], bytes(saved["vocabulary"])
+    if text and text.sha256 != saved["sha256"]:
+        raise ValueError(f"the text has changed: {len(text.vocabulary)} different characters, sha256 {text.sha256}; the "
+                         f"run in {args.out} began with {len(vocabulary)} and {saved['sha256']}")
+    if text and len(ranks) != RANKS:
+        raise ValueError(f"the run in {args.out} began on {len(ranks)} ranks, not {RANKS}: torchrun --nproc-per-node")
+    for name, state in saved["runs"].items():
+        runs[name] = run = new_run(args, name, len(vocabulary))
+        for key in ("model", "optimizer"):
+            run[key].load_state_dict(state.pop(key))
+        states = ranks[RANK if text else 0]["states"][name]
+        run.update(state, states=[s and map_tensors(lambda t: t.to(args.device), State(*s)) for s in states])
+    if text:
+        torch.set_rng_state(ranks[RANK]["rng"][0])
+    if text and args.device.startswith("cuda"):
+        torch.cuda.set_rng_state(ranks[RANK]["rng"][-1])
+    return runs, vocabulary
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+def report(args, runs, text):
+    """Evaluate on the test part, print, draw, and write a sample."""
+    from assets.figures import draw_loss, draw_position
+    quarter, results = max(1, args.segment_len // 4), {name: {"bpc": bits} for name, bits in references(text).items()}
+    print(f"\nbits per character of the test part, {len(text.test)} characters; 'first' are the first {quarter} of a "
+          f"segment\n{'model':17}{'state at a boundary':31}    all  first   rest", flush=True)
+    for name, result in results.items():
+        print(f"{name:48}{result['bpc']:7.3f}")
+    for name, run in runs.items():
+        characters = args.steps * args.batch * args.segments_per_step * args.segment_len
+        results[name] = {"seconds": round(run["seconds"], 1), "per_second": round(characters / run["seconds"])}
+        for state, between in {"carried": lambda state: state, "reset": lambda state, model=run["model"]:
+                               model.initial_state(len(state.memory)),
+                               "of another stream": lambda state: map_tensors(lambda t: t.roll(1, 0), state)}.items():
+            scores = results[name][state] = evaluate(args, run["model"], text.test, between)
+            bits = torch.tensor(scores["by_position"])
+            print(f"{name:17}{state:31}{scores['bpc']:7.3f}{bits[:quarter].mean():7.3f}{bits[quarter:].mean():7.3f}",
+                  flush=True)
+            if not scores["state_floats"]:
+                break
+    for name, run in runs.items():
+        print(f"{name}: {run['seconds']:.0f} s of training, {results[name]['per_second']} characters per second")
+    prompt = args.prompt.encode() or text.decode(text.test[:2 * args.segment_len])
+    sample = b"".join(write_on(args, runs[args.model]["model"], text.vocabulary, prompt))
+    write(args.out / "sample.txt", lambda path: path.write_bytes(sample))
+    figures = {"loss": draw_loss(runs), "position": draw_position({name: results[name] for name in runs})}
+    for name, figure in figures.items():
+        write(args.out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=100))
+    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else ""
+    result = {"command": args.command, "seed": args.seed, "date": time.strftime("%Y-%m-%d"), "ranks": RANKS,
+              "versions": f"python {platform.python_version()}, torch {torch.__version__}",
+              "hardware": gpu or f"{args.device} on {platform.machine()}, threads: {args.threads}",
+              "flags": vars(args) | {"out": str(args.out)}, "text_sha256": text.sha256, "results": results}
+    write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    bits = ", ".join(f"{name} {results[name]['carried']['bpc']:.3f}" for name in runs)
+    print(f"\n{bits} bits per character; files in {args.out}; python train_lm.py --sample --out {args.out} writes on")
+
+
+def prepare(args):
+    """The text, new models and the runs so far. Raises if anything does not fit, before anything is written."""
+    if args.batch % (RANKS * args.accumulate):
+        raise ValueError(f"--batch {args.batch} streams cannot be shared by {RANKS} ranks in --accumulate "
+                         f"{args.accumulate} parts: the product must divide it")
+    if RANK > 0:
+        dist.barrier()  # the first rank downloads
+    text, T = Text(read(args.data)), args.segment_len
+    if RANKS > 1 and RANK == 0:
+        dist.barrier()
+    for part, least in (("train", args.batch * args.segments_per_step * T + 1), ("valid", T + 1), ("test", T + 1)):
+        n = len(getattr(text, part))
+        if n < least:
+            raise ValueError(f"--data {' '.join(args.data)}: its {part} part has {n} characters and must have {least}: "
+                             "give more text, or a smaller --batch or --segment-len")
+    encode(args, text.vocabulary, args.prompt)
+    names = dict.fromkeys([args.model, args.baseline])
+    models = {name: build(args, name, len(text.vocabulary)) for name in names if name != "none"}
+    return text, models, load_runs(args, text)[0] if args.resume else {}
+
+
+def sample(args):
+    """Print text as it is written by the model in --out."""
+    runs, vocabulary = load_runs(args)
+    if args.model not in runs:
+        raise ValueError(f"--model {args.model}: the run in {args.out} has {', '.join(runs)}")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in write_on(args, runs[args.model]["model"], vocabulary, encode(args, vocabulary, args.prompt)):
+        print(decoder.decode(piece), end="", flush=True)
+    print()
+
+
+def main(args):
+    """Check all there is to check before anything is written; train; report. Or write text."""
+    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    torch.set_num_threads(args.threads)
+    fresh = (Path("out") / f"{Path(args.data[0]).stem or 'text'}-{i}" for i in range(1, 10**6))
+    args.out = Path(args.out) if args.out else next(path for path in fresh if not path.exists())
+    config = json.dumps(vars(args) | {"out": str(args.out), "resume": False}, indent=1)
+    if RANKS > 1 and args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    try:
+        torch.zeros(1, device=args.device)
+        if RANKS > 1:
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        if args.sample:
+            return sample(args)
+        text, models, runs = prepare(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, RuntimeError, AssertionError, LookupError, EOFError, pickle.UnpicklingError) as reason:
+        fail(f"{reason or type(reason).__name__}" + f" (--device {args.device})" * isinstance(reason, AssertionError))
+    save_runs(args, runs, text)
+    if RANK == 0:
+        write(args.out / "config.json", lambda path: path.write_text(config))
+        print(f"{' '.join(args.data)}: {len(text.train)} + {len(text.valid)} + {len(text.test)} characters, "
+              f"{len(text.vocabulary)} different ones, sha256 {text.sha256[:16]}..."
+              + f"; left out of the last two parts: {text.n_unseen} that the first has not" * (text.n_unseen > 0)
+              + f"\ndevice {args.device}, ranks {RANKS}, seed {args.seed}; in a step {args.batch} streams go on by "
+              f"{args.segments_per_step} segments of {args.segment_len} characters; files in {args.out}")
+        for name, model in models.items():
+            _, state = unroll(model, text.train[None, :args.segment_len + args.cache_len].to(args.device), last_only=True)
+            print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, state of "
+                  f"{sum(t.numel() for t in tensors(state))} floats")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to go on with
+    for name in models:
+        runs[name] = runs.get(name) or new_run(args, name, len(text.vocabulary))
+        train(args, runs[name], name, text, lambda: save_runs(args, runs, text))
+    if RANK == 0:
+        report(args, runs, text)
+    if RANKS > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except KeyboardInterrupt:
+        print(f"stopped; to go on: python train_lm.py --resume --out {ARGS.out}" * (RANK == 0 and not ARGS.sample))
+        sys.exit(130)
