@@ -9,14 +9,11 @@
 
 Writes config.json, metrics.csv, checkpoint.pt, result.json, training.png and attention.png to --out.
 """
-import argparse
-import json
-import os
-import platform
 import signal
 import sys
 import time
-from pathlib import Path
+
+from assets.run import fail, folder, parse, write, write_config, write_report, write_rows
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -52,9 +49,9 @@ FLAGS = {  # group, flag, default (None: in the task's recipe), help
         "bptt_depth": (-1, "boundaries that gradient crosses, -1 for all"),
         "checkpoint": (False, "recompute the activations of each segment: less memory, more time"),
         "bf16": (False, "bfloat16 autocast"),
-        "compile": (False, "torch.compile the model")},
+        "compile": (False, "torch.compile the model"),
+        "seed": (0, "of the weights and the data")},
     "run": {
-        "seed": (0, "of the weights and the data"),
         "device": ("auto", "cpu, cuda, mps, or auto: cuda where there is one, else cpu"),
         "threads": (1, "CPU threads; models this small are fastest with one"),
         "target": (0.0, "exit with status 1 unless --model's accuracy over --segments reaches this"),
@@ -64,57 +61,17 @@ FLAGS = {  # group, flag, default (None: in the task's recipe), help
         "out": ("", "folder to write to, default out/TASK-N with the first N that is free"),
         "resume": (False, "go on with the run in --out, to the same numbers as if it had not stopped")}}
 
-
-def parse():
-    """Flags from the command line, else of the resumed run, else from the task's recipe, else the defaults."""
-    parser = argparse.ArgumentParser(usage="python train_copy.py [flags]", description=__doc__, formatter_class=
-                                     argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    args = {name: default for group in FLAGS.values() for name, (default, _) in group.items()}
-    args["command"] = " ".join(["python", *sys.argv])  # a resumed run keeps the one it began with
-    for title, group in FLAGS.items():
-        group_parser = parser.add_argument_group(title)
-        for name, (default, text) in group.items():
-            kind = type(RECIPES["copy"].get(name, default))
-            options = {bool: {"action": "store_true"}, list: {"type": int, "nargs": "+"}}.get(kind, {"type": kind})
-            shown = "" if default in ("", [], False) else f" (default: {'by task' if default is None else default})"
-            group_parser.add_argument("--" + name.replace("_", "-"), help=text + shown, **options)
-    given, saved = vars(parser.parse_args()), {}
-    out, resume = given.get("out", ""), given.get("resume", False)
-    config = Path(out) / "config.json"
-    if out and config.exists() and not resume:
-        parser.error(f"--out {out} already holds a run: add --resume to go on with it, or name another folder")
-    if resume:
-        try:
-            saved = dict(json.loads(config.read_text()))
-        except (OSError, ValueError, TypeError) as reason:
-            parser.error(f"--resume: no run in --out '{out}' ({reason}): name the folder of an earlier run")
-    task = given.get("task", saved.get("task", "copy"))
-    if task not in RECIPES:
-        parser.error(f"--task {task} must be one of {', '.join(RECIPES)}")
-    args.update(RECIPES[task] | saved | given)
-    for name, value in args.items():
-        least = {"bptt_depth": -1, "seed": 0}.get(name, 0 if type(value) is float else 1)
-        flag = "--" + name.replace("_", "-")
-        if saved and name in given and name not in FLAGS["run"].keys() - {"seed"} and value != saved.get(name):
-            parser.error(f"{flag} {value}: the run in {out} has {saved.get(name)}; leave the flag out, or start anew")
-        for number in value if type(value) is list else [value]:
-            most = {"seed": 2**31 - 1, "target": 1}.get(name, 10**9)
-            if type(number) in (int, float) and not least <= number <= most:
-                parser.error(f"{flag} {number} must be at least {least} and at most {most}")
-    if args["curriculum"] not in ("grow", "random", "fixed"):
-        parser.error(f"--curriculum {args['curriculum']} must be grow, random or fixed")
-    return argparse.Namespace(**args), parser.error
-
+LIMITS = {"bptt_depth": (-1, 10**9), "seed": (0, 2**31 - 1), "target": (0, 1)}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    ARGS, ERROR = parse()  # before torch is imported, so that --help and a wrong flag answer at once
+    ARGS = parse(__doc__, FLAGS, LIMITS, RECIPES)  # before torch is imported: --help and a wrong flag answer at once
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from assets.figures import draw_attention, draw_training
 from rmt import RMT, Config, generate, map_tensors, tensors, unroll
 
 # -------------------------------------------------------------------------------------------------------------- tasks
@@ -195,6 +152,8 @@ TASKS = {"copy": (copy, 3), "reverse": (reverse, 2), "retrieval": (retrieval, 1)
 def check(args):
     """Raise ValueError with one line that says which size does not fit the task."""
     unit, least = TASKS[args.task][1], 4 if args.task == "retrieval" else 2
+    if args.curriculum not in ("grow", "random", "fixed"):
+        raise ValueError(f"--curriculum {args.curriculum} must be grow, random or fixed")
     if args.segment_len < least:
         raise ValueError(f"--segment-len {args.segment_len} must be at least {least} for --task {args.task}")
     for n in (args.segments, *args.eval_segments):
@@ -298,13 +257,6 @@ def train(args, run, name, save):
         raise KeyboardInterrupt
 
 
-def write(path, writer):
-    """Write to a temporary name and move it into place, so that an interrupted write leaves the old file whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    writer(temporary)
-    os.replace(temporary, path)
-
-
 def save_runs(args, runs):
     """checkpoint.pt, with all that an exact resume needs, and metrics.csv."""
     states = {name: {**run, "model": run["model"].state_dict(), "optimizer": run["optimizer"].state_dict(),
@@ -312,8 +264,7 @@ def save_runs(args, runs):
     rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state(args.device)] if args.device.startswith("cuda") else [])]
     write(args.out / "checkpoint.pt", lambda path: torch.save({"runs": states, "rng": rng}, path))
     rows = [["model", "step", "segments", "loss", *(f"accuracy_{n}" for n in args.lengths)]]
-    rows += [[f"{x:.5f}" if type(x) is float else str(x) for x in row] for run in runs.values() for row in run["rows"]]
-    write(args.out / "metrics.csv", lambda path: path.write_text("".join(",".join(row) + "\n" for row in rows)))
+    write_rows(args.out / "metrics.csv", rows + [row for run in runs.values() for row in run["rows"]])
 
 
 def load_runs(args):
@@ -365,21 +316,13 @@ def report(args, runs):
         prompt, marks = inputs[:len(inputs) - len(target) + 1], "".join(" ^"[int(wrong)] for wrong in answer != target)
         print(f"    input   {text(args, prompt)}\n    right   {text(args, target)}\n    model   {text(args, answer)}\n"
               f"            {marks}")
-    from assets.figures import draw_attention, draw_training
     figures = {"training": draw_training(args, runs),
                "attention": draw_attention(main, examples[0][:1], examples[1].size(1), lambda row: text(args, row))}
-    for name, figure in figures.items():
-        write(args.out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=100))
-    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else ""
-    result = {"command": args.command, "seed": args.seed, "date": time.strftime("%Y-%m-%d"),
-              "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-              "hardware": gpu or f"{args.device} on {platform.machine()}, threads: {args.threads}",
-              "flags": vars(args) | {"out": str(args.out)}, "results": results}
-    write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    write_report(args, results, figures)
     return results[args.model][args.segments]["teacher_forced"]
 
 
-def main(args, error):
+def main(args):
     """Check all there is to check before anything is written; train; report."""
     args.lengths = [n for n in range(2, args.segments + 1) if n % TASKS[args.task][1] == 0]  # segments in training
     longest = args.symbols + 1 if args.task == "retrieval" else 4 * args.segments  # retrieval runs out of keys
@@ -387,25 +330,22 @@ def main(args, error):
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     torch.set_num_threads(args.threads)
     names = [args.model] + [args.baseline] * (args.baseline not in ("none", args.model))
-    fresh = (path for path in (Path("out") / f"{args.task}-{i}" for i in range(1, 10**6)) if not path.exists())
-    args.out = Path(args.out) if args.out else next(fresh)
-    config = json.dumps(vars(args) | {"out": str(args.out), "resume": False}, indent=1)
+    args.out = folder(args, args.task)
     try:
         check(args)
         torch.zeros(1, device=args.device).item()
         models = [build(args, name) for name in names]
     except (ValueError, RuntimeError, AssertionError) as reason:
         hint = "" if isinstance(reason, ValueError) else f" (--device {args.device}: try --device cpu)"
-        error(str(reason).splitlines()[0] + hint)
+        fail(str(reason).splitlines()[0] + hint)
     try:
         runs = load_runs(args) if args.resume else {}
-        args.out.mkdir(parents=True, exist_ok=True)
         save_runs(args, runs)
-        write(args.out / "config.json", lambda path: path.write_text(config))
+        write_config(args)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to go on with
     except Exception as reason:  # whatever is wrong with a file or folder, it is one line for the user
         what = "resumed, start anew with another --out" if args.resume else "written, name another folder"
-        error(f"--out {args.out} cannot be {what}: {' '.join(str(reason).split())[:160]}")
+        fail(f"--out {args.out} cannot be {what}: {' '.join(str(reason).split())[:160]}")
     print(f"{args.task} over {args.segments} segments of {args.segment_len}: device {args.device}, seed {args.seed}, "
           f"{sum(p.numel() for p in models[0].parameters())} parameters, "
           f"state of {sum(t.numel() for t in tensors(models[0].initial_state(1)))} floats, "
@@ -422,7 +362,9 @@ def main(args, error):
 
 if __name__ == "__main__":
     try:
-        main(ARGS, ERROR)
+        main(ARGS)
+    except OSError as reason:
+        fail(reason)
     except KeyboardInterrupt:
         print(f"stopped; to go on: python train_copy.py --resume --out {ARGS.out}")
         sys.exit(130)

@@ -1,6 +1,6 @@
 """Train a character-level language model with memory, beside the same model without it, and write text with it.
 
-    python train_lm.py                                   laptop, 4 minutes, nothing to download: Python's standard library;
+    python train_lm.py                                   laptop, 4 minutes: Python's standard library, no download;
                                                          rmt ends at least 0.05 bits per character below transformer
     python train_lm.py --data book.txt notes/            the same on your own text, files and folders
     python train_lm.py --sample --out out/python-1 --prompt "def " --length 500          a trained model writes on
@@ -12,30 +12,29 @@
 
 Writes config.json, metrics.csv, checkpoint.pt, result.json, loss.png, position.png and sample.txt to --out.
 """
-import argparse
 import codecs
 import gzip
 import hashlib
-import json
 import math
 import os
 import pickle
-import platform
+import shutil
 import signal
-import socket
 import sys
 import sysconfig
 import time
 import urllib.request
 import zipfile
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+
+from assets.run import fail, folder, parse, write, write_config, write_report, write_rows
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
 FLAGS = {  # group, flag, default, help
     "data": {
-        "data": (["python"], "python (its standard library), shakespeare, enwik8, text8, or files and folders of text")},
+        "data": (["python"], "python (its standard library), shakespeare, enwik8, text8, or files and folders")},
     "model": {
         "model": ("rmt", "a row of VARIANTS in rmt.py"),
         "baseline": ("transformer", "a second row, trained in the same way, or none"),
@@ -54,7 +53,7 @@ FLAGS = {  # group, flag, default, help
         "batch": (32, "streams through the text, read side by side; the ranks of torchrun share them"),
         "segments_per_step": (2, "segments that a stream advances in a step; its state is carried to the next step"),
         "bptt_depth": (-1, "boundaries within a step that gradient crosses, -1 for all"),
-        "reset_every": (16, "steps after which all streams start anew from the learned memory, 0 for never"),
+        "reset_every": (64, "steps after which all streams start anew from the learned memory, 0 for never"),
         "lr": (0.012, "learning rate, falling to 0 along a cosine"),
         "warmup": (50, "steps in which the learning rate rises"),
         "accumulate": (1, "parts in which the streams are computed, one after the other: less memory"),
@@ -76,53 +75,12 @@ FLAGS = {  # group, flag, default, help
         "save_every": (250, "steps between checkpoints"),
         "out": ("", "folder to write to, default out/TEXT-N with the first N that is free"),
         "resume": (False, "go on with the run in --out, to the same numbers as if it had not stopped")}}
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-
-
-def fail(message):
-    """One line, and exit status 2."""
-    if RANK == 0:
-        print(f"train_lm.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse():
-    """Flags from the command line, else of the run in --out that is resumed or sampled from, else the defaults."""
-    parser = argparse.ArgumentParser(usage="python train_lm.py [flags]", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    for title, group in FLAGS.items():
-        group_parser = parser.add_argument_group(title)
-        for name, (default, text) in group.items():
-            kind = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(type(default), {"type": type(default)})
-            shown = "" if default in ("", False) else f" (default: {default[0] if name == 'data' else default})"
-            group_parser.add_argument("--" + name.replace("_", "-"), default=default, help=text + shown, **kind)
-    args, saved = parser.parse_args(), {}
-    config = Path(args.out) / "config.json"
-    if args.resume or args.sample:
-        try:
-            saved = dict(json.loads(config.read_text()))
-        except (OSError, ValueError, TypeError) as reason:
-            fail(f"no run in --out '{args.out}' ({reason}): name the folder of an earlier run")
-        parser.set_defaults(**saved)
-        args = parser.parse_args()
-    elif args.out and config.exists():
-        fail(f"--out {args.out} already holds a run: add --resume to go on with it, or name another folder")
-    for title, group in FLAGS.items():
-        for name, (default, _) in group.items():
-            value, flag = getattr(args, name), "--" + name.replace("_", "-")
-            if args.resume and title in ("data", "model", "training") and value != saved.get(name):
-                fail(f"{flag} {value}: the run in {args.out} has {saved.get(name)}; leave it out, or start anew")
-            least = {"bptt_depth": -1}.get(name, 0 if type(default) is float or name in ("seed", "top_k", "reset_every") else 1)
-            if type(default) in (int, float) and not least <= value <= 10**9:
-                fail(f"{flag} {value} must be at least {least} and at most 10**9")
-    args.command = saved.get("command", " ".join(["python", *sys.argv]))  # a resumed run keeps the one it began with
-    return args
-
+LIMITS = {"bptt_depth": (-1, 10**9), "reset_every": (0, 10**9), "top_k": (0, 10**9), "seed": (0, 2**31 - 1)}
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    ARGS = parse()  # before torch is imported, so that --help and a wrong flag answer at once
+    ARGS = parse(__doc__, FLAGS, LIMITS)  # before torch is imported, so that --help and a wrong flag answer at once
 
 import numpy as np
 import torch
@@ -131,6 +89,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from assets.figures import draw_loss, draw_position
 from rmt import RMT, Config, State, map_tensors, stream, tensors, unroll
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -139,44 +98,49 @@ from rmt import RMT, Config, State, map_tensors, stream, tensors, unroll
 DOWNLOADS = {  # address, sha256
     "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/"
                     "tinyshakespeare/input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
-    "text8": ("http://mattmahoney.net/dc/text8.zip", "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")}
+    "enwik8": ("http://mattmahoney.net/dc/enwik8.zip",
+               "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
+    "text8": ("http://mattmahoney.net/dc/text8.zip",
+              "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")}
 
 
 def read(data):
-    """The bytes of --data. Raises ValueError or OSError."""
+    """The bytes of --data. Raises ValueError."""
     if data == ["python"]:
-        root, tests = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-        paths = [path for path in root.rglob("*.py") if not tests & set(path.relative_to(root).parts)]
-    elif data[0] in DOWNLOADS and len(data) == 1:
+        root, no = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        files = [path for path in root.rglob("*.py") if not no & set(path.relative_to(root).parts)]
+        return b"".join(path.read_bytes() for path in sorted(files, key=Path.as_posix))
+    if len(data) == 1 and data[0] in DOWNLOADS:
         return download(*DOWNLOADS[data[0]])
-    else:
-        inside = [path.rglob("*") if path.is_dir() else [path] for path in map(Path, data)]
-        paths = [path for group in inside for path in group if not path.is_dir() and not path.name.startswith(".")]
-    parts = {path: path.read_bytes() for path in sorted(paths, key=lambda path: path.as_posix())}
-    for path, part in parts.items():
-        if b"\0" in part:
-            raise ValueError(f"--data {path} holds zero bytes, so it is no text in UTF-8 or single bytes: name text files")
-    return b"".join(parts.values())
+    parts = []
+    for name in data:
+        if not Path(name).exists():
+            raise ValueError(f"--data {name}: no such file; give files, folders, python, {', '.join(DOWNLOADS)}")
+        inside = sorted(path for path in Path(name).rglob("*") if path.is_file() and not path.name.startswith("."))
+        for path in inside if Path(name).is_dir() else [Path(name)]:
+            parts.append(path.read_bytes())
+            if b"\0" in parts[-1]:
+                raise ValueError(f"--data {path} holds zero bytes and is no text: name the files that are")
+    return b"".join(parts)
 
 
 def download(url, sha256):
-    """The bytes at an address, unzipped; what was sent is kept in out/data."""
+    """The bytes at an address, unzipped; what was sent is kept in out/data. Raises ValueError."""
     path = Path("out/data") / url.split("/")[-1]
 
     def fetch(temporary):
-        with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-            def progress(_, block, size):
-                bar.total = size
-                bar.update(block)
-            urllib.request.urlretrieve(url, temporary, progress)
+        with urllib.request.urlopen(url, timeout=30) as source, temporary.open("wb") as file, tqdm.wrapattr(
+                file, "write", total=source.length, desc=path.name, disable=None) as counted:
+            shutil.copyfileobj(source, counted)
         found = hashlib.sha256(temporary.read_bytes()).hexdigest()
         if found != sha256:
-            raise OSError(f"it has sha256 {found}")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(30)
-        write(path, fetch, f"fetch {url} (sha256 {sha256}) by other means, and give the unpacked text with --data FILE")
+            raise OSError(f"what was sent has sha256 {found}")
+    try:
+        if not path.exists():
+            write(path, fetch)
+    except OSError as reason:
+        raise ValueError(f"{reason}; fetch {url} (sha256 {sha256}) by other means, unpack it and give it with --data "
+                         "FILE") from reason
     return zipfile.ZipFile(path).read(path.stem) if path.suffix == ".zip" else path.read_bytes()
 
 
@@ -188,7 +152,7 @@ class Text:
         self.sha256, self.vocabulary = hashlib.sha256(raw).hexdigest(), bytes(sorted(set(raw[:cuts[1]])))
         unseen = bytes(set(range(256)) - set(self.vocabulary))
         indices = bytes.maketrans(self.vocabulary, bytes(range(len(self.vocabulary))))
-        parts = [raw[start:end].translate(indices, unseen) for start, end in zip(cuts, cuts[1:], strict=False)]
+        parts = [raw[start:end].translate(indices, unseen) for start, end in pairwise(cuts)]
         self.train, self.valid, self.test = (torch.from_numpy(np.frombuffer(part, np.uint8).copy()) for part in parts)
         self.n_unseen = len(raw) - sum(map(len, parts))
 
@@ -206,15 +170,15 @@ def streams(tokens, n):
 def references(text):
     """Bits per character of the test part without a network: by counts of the training part, and by gzip."""
     V, pairs = len(text.vocabulary), 1
-    for piece in torch.arange(len(text.train) - 1).split(10**7):
-        pairs += torch.bincount(text.train[piece].long() * V + text.train[piece + 1], minlength=V * V)
+    for piece in text.train.split(10**7):  # pairs across two pieces are not counted
+        pairs += torch.bincount(piece[:-1].long() * V + piece[1:], minlength=V * V)
     pairs, first, second = pairs.view(V, V).double(), text.test[:-1].long(), text.test[1:].long()
     return {"uniform": math.log2(V), "unigram": -(pairs.sum(0) / pairs.sum())[second].log2().mean().item(),
             "bigram": -(pairs / pairs.sum(1, keepdim=True))[first, second].log2().mean().item(),
             "gzip -9": 8 * len(gzip.compress(text.decode(text.test), 9)) / len(text.test)}
 
 
-# -------------------------------------------------------------------------------------------------- model and evaluation
+# ------------------------------------------------------------------------------------------------ model and evaluation
 
 def build(args, variant, vocab_size):
     """A model of one row of VARIANTS, at its initial weights."""
@@ -228,9 +192,9 @@ def build(args, variant, vocab_size):
 
 @torch.no_grad()
 def evaluate(args, model, part, between=lambda state: state):
-    """Bits per character over a part of the text and by position in the segment, and the floats of a stream's state.
+    """Bits per character, over all and by position in the segment, in one pass of up to 64 streams, the state carried.
 
-    One pass, in up to 64 streams, the state carried. between may tamper with the state at each boundary.
+    Returns the floats of a stream's state too. between may tamper with the state at each boundary.
     """
     T = args.segment_len
     rows = streams(part, min(64, (len(part) - 1) // T)).to(args.device)
@@ -296,6 +260,7 @@ def train(args, run, name, text, save):
         segments = DistributedDataParallel(segments, find_unused_parameters=True)
     rows = streams(text.train, args.batch).chunk(RANKS)[RANK].to(args.device)
     width, clock = args.segments_per_step * args.segment_len, time.process_time if args.device == "cpu" else time.time
+    stopped = False
     default = signal.signal(signal.SIGINT, lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, default)))
     for step in tqdm(range(run["step"], args.steps), name, initial=run["step"], total=args.steps,
                      disable=RANK > 0 or None):
@@ -303,7 +268,7 @@ def train(args, run, name, text, save):
         if start == 0 or (args.reset_every and step % args.reset_every == 0):
             states[:] = [None] * args.accumulate
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / args.warmup) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+            group["lr"] = args.lr * min((step + 1) / args.warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
 
         optimizer.zero_grad()
         losses = []
@@ -338,17 +303,6 @@ def train(args, run, name, text, save):
         raise KeyboardInterrupt
 
 
-def write(path, writer, advice="make room; what stood there before is whole"):
-    """Write to a temporary name and move it into place, so that a write that fails leaves the old file whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        writer(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as reason:  # a full disk makes torch.save raise the second
-        temporary.unlink(missing_ok=True)
-        fail(f"{path} cannot be written ({reason}): {advice}")
-
-
 def save_runs(args, runs, text):
     """checkpoint.pt, with all that an exact resume needs, and metrics.csv. All ranks call it, the first one writes."""
     rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if args.device.startswith("cuda") else [])]
@@ -359,13 +313,12 @@ def save_runs(args, runs, text):
         dist.all_gather_object(ranks, ranks[RANK])
     if RANK > 0:
         return
-    saved = {name: {**run, "model": run["model"].state_dict(), "optimizer": run["optimizer"].state_dict(), "states": None}
-             for name, run in runs.items()}
+    saved = {name: {key: value.state_dict() if key in ("model", "optimizer") else value for key, value in run.items()
+                    if key != "states"} for name, run in runs.items()}
     checkpoint = {"runs": saved, "ranks": ranks, "vocabulary": list(text.vocabulary), "sha256": text.sha256}
     write(args.out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
     rows = [["model", "step", "characters", "seconds", "train_bpc", "valid_bpc"]]
-    rows += [[f"{x:.5f}" if type(x) is float else str(x) for x in row] for run in runs.values() for row in run["rows"]]
-    write(args.out / "metrics.csv", lambda path: path.write_text("".join(",".join(row) + "\n" for row in rows)))
+    write_rows(args.out / "metrics.csv", rows + [row for run in runs.values() for row in run["rows"]])
 
 
 def load_runs(args, text=None):
@@ -373,8 +326,8 @@ def load_runs(args, text=None):
     saved, runs = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True), {}
     ranks, vocabulary = saved["ranks"], bytes(saved["vocabulary"])
     if text and text.sha256 != saved["sha256"]:
-        raise ValueError(f"the text has changed: {len(text.vocabulary)} different characters, sha256 {text.sha256}; the "
-                         f"run in {args.out} began with {len(vocabulary)} and {saved['sha256']}")
+        raise ValueError(f"the text has {len(text.vocabulary)} different characters, sha256 {text.sha256}; the run in "
+                         f"{args.out} began with {len(vocabulary)}, {saved['sha256']}")
     if text and len(ranks) != RANKS:
         raise ValueError(f"the run in {args.out} began on {len(ranks)} ranks, not {RANKS}: torchrun --nproc-per-node")
     for name, state in saved["runs"].items():
@@ -394,7 +347,6 @@ def load_runs(args, text=None):
 
 def report(args, runs, text):
     """Evaluate on the test part, print, draw, and write a sample."""
-    from assets.figures import draw_loss, draw_position
     quarter, results = max(1, args.segment_len // 4), {name: {"bpc": bits} for name, bits in references(text).items()}
     print(f"\nbits per character of the test part, {len(text.test)} characters; 'first' are the first {quarter} of a "
           f"segment\n{'model':17}{'state at a boundary':31}    all  first   rest", flush=True)
@@ -418,14 +370,7 @@ def report(args, runs, text):
     sample = b"".join(write_on(args, runs[args.model]["model"], text.vocabulary, prompt))
     write(args.out / "sample.txt", lambda path: path.write_bytes(sample))
     figures = {"loss": draw_loss(runs), "position": draw_position({name: results[name] for name in runs})}
-    for name, figure in figures.items():
-        write(args.out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=100))
-    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else ""
-    result = {"command": args.command, "seed": args.seed, "date": time.strftime("%Y-%m-%d"), "ranks": RANKS,
-              "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-              "hardware": gpu or f"{args.device} on {platform.machine()}, threads: {args.threads}",
-              "flags": vars(args) | {"out": str(args.out)}, "text_sha256": text.sha256, "results": results}
-    write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    write_report(args, results | {"text_sha256": text.sha256, "ranks": RANKS}, figures)
     bits = ", ".join(f"{name} {results[name]['carried']['bpc']:.3f}" for name in runs)
     print(f"\n{bits} bits per character; files in {args.out}; python train_lm.py --sample --out {args.out} writes on")
 
@@ -465,33 +410,30 @@ def sample(args):
 def main(args):
     """Check all there is to check before anything is written; train; report. Or write text."""
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    args.out = folder(args, Path(args.data[0]).stem or "text")
     torch.set_num_threads(args.threads)
-    fresh = (Path("out") / f"{Path(args.data[0]).stem or 'text'}-{i}" for i in range(1, 10**6))
-    args.out = Path(args.out) if args.out else next(path for path in fresh if not path.exists())
-    config = json.dumps(vars(args) | {"out": str(args.out), "resume": False}, indent=1)
-    if RANKS > 1 and args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
     try:
         torch.zeros(1, device=args.device)
         if RANKS > 1:
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        if RANKS > 1 and args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if args.sample:
             return sample(args)
         text, models, runs = prepare(args)
-        args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError, AssertionError, LookupError, EOFError, pickle.UnpicklingError) as reason:
         fail(f"{reason or type(reason).__name__}" + f" (--device {args.device})" * isinstance(reason, AssertionError))
     save_runs(args, runs, text)
     if RANK == 0:
-        write(args.out / "config.json", lambda path: path.write_text(config))
+        write_config(args)
         print(f"{' '.join(args.data)}: {len(text.train)} + {len(text.valid)} + {len(text.test)} characters, "
               f"{len(text.vocabulary)} different ones, sha256 {text.sha256[:16]}..."
               + f"; left out of the last two parts: {text.n_unseen} that the first has not" * (text.n_unseen > 0)
               + f"\ndevice {args.device}, ranks {RANKS}, seed {args.seed}; in a step {args.batch} streams go on by "
               f"{args.segments_per_step} segments of {args.segment_len} characters; files in {args.out}")
         for name, model in models.items():
-            _, state = unroll(model, text.train[None, :args.segment_len + args.cache_len].to(args.device), last_only=True)
+            beginning = text.train[None, :args.segment_len + args.cache_len].to(args.device)
+            _, state = unroll(model.eval(), beginning)  # in training mode dropout would take random numbers
             print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, state of "
                   f"{sum(t.numel() for t in tensors(state))} floats")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to go on with
@@ -507,6 +449,8 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(ARGS)
+    except OSError as reason:
+        fail(reason)
     except KeyboardInterrupt:
         print(f"stopped; to go on: python train_lm.py --resume --out {ARGS.out}" * (RANK == 0 and not ARGS.sample))
         sys.exit(130)

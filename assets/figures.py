@@ -108,7 +108,7 @@ def draw_loss(runs):
     figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for shade, (name, run) in zip(("0", "0.6"), runs.items(), strict=False):
         rows = [row for row in run["rows"] if row[2] > 0.05 * run["rows"][-1][2]]
-        axis.plot([row[2] for row in rows], [row[4] for row in rows], color=shade, linewidth=1, label=f"{name}, training")
+        axis.plot([row[2] for row in rows], [row[4] for row in rows], color=shade, lw=1, label=f"{name}, training")
         rows = [row for row in rows if row[5] != ""]
         axis.plot([row[2] for row in rows], [row[5] for row in rows], "o--", color=shade, label=f"{name}, validation")
     axis.set(xlabel="characters read", ylabel="bits per character")
