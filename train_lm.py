@@ -3,7 +3,7 @@
     python train_lm.py                                   laptop, 4 minutes: Python's standard library, no download;
                                                          rmt ends at least 0.05 bits per character below transformer
     python train_lm.py --data book.txt notes/            the same on your own text, files and folders
-    python train_lm.py --sample --out out/python-1 --prompt "def " --length 500          a trained model writes on
+    python train_lm.py --sample --out out/python-1 --prompt "def "                       a trained model writes on
     python train_lm.py --data enwik8 --bf16 --segment-len 128 --n-layer 6 --d-model 384 --n-head 6 --dropout 0.1
         --lr 1e-3 --steps 20000                          one GPU; not measured yet
     torchrun --nproc-per-node 4 train_lm.py --data enwik8 --bf16 --segment-len 128 --n-layer 12 --d-model 512 --n-head 8
@@ -18,17 +18,16 @@ import hashlib
 import math
 import os
 import pickle
-import shutil
 import signal
 import sys
 import sysconfig
 import time
-import urllib.request
 import zipfile
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
-from assets.run import fail, folder, parse, write, write_config, write_report, write_rows
+from assets.run import DOWNLOADS, fail, fetch, folder, parse, write, write_config, write_report, write_rows
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -77,6 +76,7 @@ FLAGS = {  # group, flag, default, help
         "resume": (False, "go on with the run in --out, to the same numbers as if it had not stopped")}}
 LIMITS = {"bptt_depth": (-1, 10**9), "reset_every": (0, 10**9), "top_k": (0, 10**9), "seed": (0, 2**31 - 1)}
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+LAUNCH = f"torchrun --nproc-per-node {RANKS}" if RANKS > 1 else "python"
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
@@ -95,23 +95,15 @@ from rmt import RMT, Config, State, map_tensors, stream, tensors, unroll
 # --------------------------------------------------------------------------------------------------------------- data
 # Bytes are the characters. A text has three parts of 90, 5 and 5 %; its vocabulary are the bytes of the first.
 
-DOWNLOADS = {  # address, sha256
-    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/"
-                    "tinyshakespeare/input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "enwik8": ("http://mattmahoney.net/dc/enwik8.zip",
-               "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
-    "text8": ("http://mattmahoney.net/dc/text8.zip",
-              "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")}
-
-
 def read(data):
-    """The bytes of --data. Raises ValueError."""
+    """The bytes of --data. Raises ValueError or OSError."""
     if data == ["python"]:
         root, no = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         files = [path for path in root.rglob("*.py") if not no & set(path.relative_to(root).parts)]
         return b"".join(path.read_bytes() for path in sorted(files, key=Path.as_posix))
     if len(data) == 1 and data[0] in DOWNLOADS:
-        return download(*DOWNLOADS[data[0]])
+        path = fetch(data[0])
+        return zipfile.ZipFile(path).read(path.stem) if path.suffix == ".zip" else path.read_bytes()
     parts = []
     for name in data:
         if not Path(name).exists():
@@ -122,26 +114,6 @@ def read(data):
             if b"\0" in parts[-1]:
                 raise ValueError(f"--data {path} holds zero bytes and is no text: name the files that are")
     return b"".join(parts)
-
-
-def download(url, sha256):
-    """The bytes at an address, unzipped; what was sent is kept in out/data. Raises ValueError."""
-    path = Path("out/data") / url.split("/")[-1]
-
-    def fetch(temporary):
-        with urllib.request.urlopen(url, timeout=30) as source, temporary.open("wb") as file, tqdm.wrapattr(
-                file, "write", total=source.length, desc=path.name, disable=None) as counted:
-            shutil.copyfileobj(source, counted)
-        found = hashlib.sha256(temporary.read_bytes()).hexdigest()
-        if found != sha256:
-            raise OSError(f"what was sent has sha256 {found}")
-    try:
-        if not path.exists():
-            write(path, fetch)
-    except OSError as reason:
-        raise ValueError(f"{reason}; fetch {url} (sha256 {sha256}) by other means, unpack it and give it with --data "
-                         "FILE") from reason
-    return zipfile.ZipFile(path).read(path.stem) if path.suffix == ".zip" else path.read_bytes()
 
 
 class Text:
@@ -208,20 +180,15 @@ def evaluate(args, model, part, between=lambda state: state):
             "state_floats": sum(t.numel() for t in tensors(state)) // len(rows)}
 
 
-def encode(args, vocabulary, prompt):
-    """The bytes of a prompt, or the first of the vocabulary. Raises ValueError for bytes that it has not."""
-    unknown = [character for character in prompt if set(character.encode()) - set(vocabulary)]
-    if unknown:
-        raise ValueError(f"--prompt has {unknown[0]!r}, which never occurs in the training part: leave it out")
-    return prompt.encode() or vocabulary[:1]
-
-
 def write_on(args, model, vocabulary, prompt):
-    """Yield a prompt of bytes and then those that the model writes after it."""
+    """Yield a prompt, or the first character, and then what the model writes after it, in bytes. Raises ValueError."""
+    unknown, prompt = bytes(set(prompt) - set(vocabulary)), prompt or vocabulary[:1]
+    if unknown:
+        raise ValueError(f"--prompt {prompt.decode()!r} has bytes that the training part has not: {unknown!r}")
+    yield prompt
     tokens = torch.tensor([[vocabulary.index(byte) for byte in prompt]], device=args.device)
     new = stream(model.eval(), tokens, temperature=args.temperature, top_k=args.top_k or None,
                  generator=torch.Generator(args.device).manual_seed(args.seed))
-    yield prompt
     for token in islice(new, args.length):
         yield vocabulary[token.item():token.item() + 1]
 
@@ -239,7 +206,7 @@ class Segments(torch.nn.Module):
         depth = None if self.args.bptt_depth < 0 else self.args.bptt_depth
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.args.bf16):
             logits, state = unroll(self.fast[0], inputs, state, depth, self.args.checkpoint)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long()), state.detach()
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long()), state.detach()
 
 
 def new_run(args, variant, vocab_size):
@@ -247,23 +214,23 @@ def new_run(args, variant, vocab_size):
     model = build(args, variant, vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.98), weight_decay=0.01,
                                   fused=not args.device.startswith("mps"))
-    torch.manual_seed(args.seed + RANK)  # dropout differs from rank to rank
-    return {"model": model, "optimizer": optimizer, "step": 0, "states": [None] * args.accumulate, "bpc": 0.0,
+    return {"model": model, "optimizer": optimizer, "states": [None] * args.accumulate, "step": 0, "bpc": 0.0,
             "rows": [], "seconds": 0.0}
 
 
 def train(args, run, name, text, save):
     """Train one run from where it stands to args.steps. Ctrl-C ends it after a whole step, saved."""
+    if run["step"] == 0:
+        torch.manual_seed(args.seed + RANK)  # dropout differs from rank to rank
     model, optimizer, states, stop = run["model"].train(), run["optimizer"], run["states"], []
     segments = Segments(args, model)
     if RANKS > 1:  # where no stream starts anew, the initial memory is not used
         segments = DistributedDataParallel(segments, find_unused_parameters=True)
     rows = streams(text.train, args.batch).chunk(RANKS)[RANK].to(args.device)
     width, clock = args.segments_per_step * args.segment_len, time.process_time if args.device == "cpu" else time.time
-    stopped = False
     default = signal.signal(signal.SIGINT, lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, default)))
-    for step in tqdm(range(run["step"], args.steps), name, initial=run["step"], total=args.steps,
-                     disable=RANK > 0 or None):
+    steps = range(run["step"], args.steps)
+    for step in tqdm(steps, name, initial=run["step"], total=args.steps, disable=RANK > 0 or None):
         began, start = clock(), step % ((rows.size(1) - 1) // width) * width
         if start == 0 or (args.reset_every and step % args.reset_every == 0):
             states[:] = [None] * args.accumulate
@@ -292,15 +259,13 @@ def train(args, run, name, text, save):
             valid = evaluate(args, model, text.valid[:args.eval_length])["bpc"]
             model.train()
             tqdm.write(f"{name:16} step {step + 1:6}   bits per character: train {run['bpc']:.3f}   valid {valid:.3f}")
-        if run["step"] % 20 == 0 or valid:
+        if run["step"] % 20 == 0 or valid or run["step"] == args.steps:
             run["rows"].append([name, step + 1, (step + 1) * args.batch * width, run["seconds"], run["bpc"], valid])
         if run["step"] % args.save_every == 0 or run["step"] == args.steps or stopped:
             save()
         if stopped:
-            break
+            raise KeyboardInterrupt
     signal.signal(signal.SIGINT, default)
-    if stopped:
-        raise KeyboardInterrupt
 
 
 def save_runs(args, runs, text):
@@ -329,7 +294,7 @@ def load_runs(args, text=None):
         raise ValueError(f"the text has {len(text.vocabulary)} different characters, sha256 {text.sha256}; the run in "
                          f"{args.out} began with {len(vocabulary)}, {saved['sha256']}")
     if text and len(ranks) != RANKS:
-        raise ValueError(f"the run in {args.out} began on {len(ranks)} ranks, not {RANKS}: torchrun --nproc-per-node")
+        raise ValueError(f"the run in {args.out} began on {len(ranks)} ranks, not {RANKS}: --nproc-per-node")
     for name, state in saved["runs"].items():
         runs[name] = run = new_run(args, name, len(vocabulary))
         for key in ("model", "optimizer"):
@@ -352,59 +317,57 @@ def report(args, runs, text):
           f"segment\n{'model':17}{'state at a boundary':31}    all  first   rest", flush=True)
     for name, result in results.items():
         print(f"{name:48}{result['bpc']:7.3f}")
+    states = {"carried": lambda model, state: state, "reset": lambda model, state: model.initial_state(len(state[0])),
+              "of another stream": lambda model, state: map_tensors(lambda t: t.roll(1, 0), state)}
     for name, run in runs.items():
-        characters = args.steps * args.batch * args.segments_per_step * args.segment_len
-        results[name] = {"seconds": round(run["seconds"], 1), "per_second": round(characters / run["seconds"])}
-        for state, between in {"carried": lambda state: state, "reset": lambda state, model=run["model"]:
-                               model.initial_state(len(state.memory)),
-                               "of another stream": lambda state: map_tensors(lambda t: t.roll(1, 0), state)}.items():
-            scores = results[name][state] = evaluate(args, run["model"], text.test, between)
+        results[name] = {"seconds": round(run["seconds"], 1), "per_second": round(run["rows"][-1][2] / run["seconds"])}
+        for state, between in states.items():
+            scores = results[name][state] = evaluate(args, run["model"], text.test, partial(between, run["model"]))
             bits = torch.tensor(scores["by_position"])
             print(f"{name:17}{state:31}{scores['bpc']:7.3f}{bits[:quarter].mean():7.3f}{bits[quarter:].mean():7.3f}",
                   flush=True)
             if not scores["state_floats"]:
                 break
-    for name, run in runs.items():
-        print(f"{name}: {run['seconds']:.0f} s of training, {results[name]['per_second']} characters per second")
     prompt = args.prompt.encode() or text.decode(text.test[:2 * args.segment_len])
     sample = b"".join(write_on(args, runs[args.model]["model"], text.vocabulary, prompt))
     write(args.out / "sample.txt", lambda path: path.write_bytes(sample))
     figures = {"loss": draw_loss(runs), "position": draw_position({name: results[name] for name in runs})}
     write_report(args, results | {"text_sha256": text.sha256, "ranks": RANKS}, figures)
-    bits = ", ".join(f"{name} {results[name]['carried']['bpc']:.3f}" for name in runs)
-    print(f"\n{bits} bits per character; files in {args.out}; python train_lm.py --sample --out {args.out} writes on")
-
-
-def prepare(args):
-    """The text, new models and the runs so far. Raises if anything does not fit, before anything is written."""
-    if args.batch % (RANKS * args.accumulate):
-        raise ValueError(f"--batch {args.batch} streams cannot be shared by {RANKS} ranks in --accumulate "
-                         f"{args.accumulate} parts: the product must divide it")
-    if RANK > 0:
-        dist.barrier()  # the first rank downloads
-    text, T = Text(read(args.data)), args.segment_len
-    if RANKS > 1 and RANK == 0:
-        dist.barrier()
-    for part, least in (("train", args.batch * args.segments_per_step * T + 1), ("valid", T + 1), ("test", T + 1)):
-        n = len(getattr(text, part))
-        if n < least:
-            raise ValueError(f"--data {' '.join(args.data)}: its {part} part has {n} characters and must have {least}: "
-                             "give more text, or a smaller --batch or --segment-len")
-    encode(args, text.vocabulary, args.prompt)
-    names = dict.fromkeys([args.model, args.baseline])
-    models = {name: build(args, name, len(text.vocabulary)) for name in names if name != "none"}
-    return text, models, load_runs(args, text)[0] if args.resume else {}
+    for name, run in runs.items():
+        print(f"{name}: {results[name]['carried']['bpc']:.3f} bits per character after {run['seconds']:.0f} seconds of "
+              f"training, {results[name]['per_second']} characters per second")
+    print(f"files in {args.out}; python train_lm.py --sample --out {args.out} writes on")
 
 
 def sample(args):
-    """Print text as it is written by the model in --out."""
+    """Print text while the model in --out writes it."""
     runs, vocabulary = load_runs(args)
     if args.model not in runs:
         raise ValueError(f"--model {args.model}: the run in {args.out} has {', '.join(runs)}")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece in write_on(args, runs[args.model]["model"], vocabulary, encode(args, vocabulary, args.prompt)):
+    for piece in write_on(args, runs[args.model]["model"], vocabulary, args.prompt.encode()):
         print(decoder.decode(piece), end="", flush=True)
     print()
+
+
+def prepare(args):
+    """The text and the runs so far. Raises if anything does not fit, before anything is written."""
+    B, T = args.batch, args.segment_len
+    if B % (RANKS * args.accumulate):
+        raise ValueError(f"--batch {B} must be divisible by {RANKS} ranks * --accumulate {args.accumulate}")
+    if RANK > 0:
+        dist.barrier()  # the first rank downloads
+    text = Text(read(args.data))
+    if RANKS > 1 and RANK == 0:
+        dist.barrier()
+    for part, least in (("train", B * args.segments_per_step * T + 1), ("valid", T + 1), ("test", T + 1)):
+        if len(getattr(text, part)) < least:
+            raise ValueError(f"--data {' '.join(args.data)}: its {part} part has {len(getattr(text, part))} characters "
+                             f"and must have {least}: give more text, or a smaller --batch or --segment-len")
+    next(write_on(args, None, text.vocabulary, args.prompt.encode()))  # refuses a wrong prompt
+    names = [name for name in dict.fromkeys([args.model, args.baseline]) if name != "none"]
+    runs = {name: new_run(args, name, len(text.vocabulary)) for name in names}
+    return text, load_runs(args, text)[0] if args.resume else runs
 
 
 def main(args):
@@ -420,7 +383,7 @@ def main(args):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if args.sample:
             return sample(args)
-        text, models, runs = prepare(args)
+        text, runs = prepare(args)
     except (ValueError, OSError, RuntimeError, AssertionError, LookupError, EOFError, pickle.UnpicklingError) as reason:
         fail(f"{reason or type(reason).__name__}" + f" (--device {args.device})" * isinstance(reason, AssertionError))
     save_runs(args, runs, text)
@@ -431,15 +394,13 @@ def main(args):
               + f"; left out of the last two parts: {text.n_unseen} that the first has not" * (text.n_unseen > 0)
               + f"\ndevice {args.device}, ranks {RANKS}, seed {args.seed}; in a step {args.batch} streams go on by "
               f"{args.segments_per_step} segments of {args.segment_len} characters; files in {args.out}")
-        for name, model in models.items():
-            beginning = text.train[None, :args.segment_len + args.cache_len].to(args.device)
-            _, state = unroll(model.eval(), beginning)  # in training mode dropout would take random numbers
-            print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, state of "
-                  f"{sum(t.numel() for t in tensors(state))} floats")
+        for name, run in runs.items():
+            _, state = unroll(run["model"].eval(), text.train[None, :args.segment_len + args.cache_len].to(args.device))
+            print(f"{name}: {sum(p.numel() for p in run['model'].parameters())} parameters, "
+                  f"state of {sum(t.numel() for t in tensors(state))} floats")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to go on with
-    for name in models:
-        runs[name] = runs.get(name) or new_run(args, name, len(text.vocabulary))
-        train(args, runs[name], name, text, lambda: save_runs(args, runs, text))
+    for name, run in runs.items():
+        train(args, run, name, text, lambda: save_runs(args, runs, text))
     if RANK == 0:
         report(args, runs, text)
     if RANKS > 1:
@@ -452,5 +413,6 @@ if __name__ == "__main__":
     except OSError as reason:
         fail(reason)
     except KeyboardInterrupt:
-        print(f"stopped; to go on: python train_lm.py --resume --out {ARGS.out}" * (RANK == 0 and not ARGS.sample))
+        if RANK == 0 and not ARGS.sample:
+            print(f"stopped; to go on: {LAUNCH} train_lm.py --resume --out {ARGS.out}")
         sys.exit(130)

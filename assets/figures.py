@@ -2,9 +2,9 @@
 
     python assets/figures.py                                      draws assets/*.png from assets/results/*.json, and
                                                                   prints the README's tables
-    python assets/figures.py gather length out/*/result.json      puts results of train_copy.py into one record
+    python assets/figures.py gather length out/*/result.json      puts results of the scripts into one record
 
-train_copy.py takes the two pictures of a run from here.
+The scripts take the pictures of a run from here.
 """
 import json
 import sys
@@ -19,8 +19,8 @@ ASSETS = Path(__file__).parent
 
 
 def gather(name, paths):
-    """One line per run in assets/results/NAME.json."""
-    runs = [json.loads(Path(path).read_text()) for path in sorted(paths)]
+    """One line per run in assets/results/NAME.json, numbers to six digits."""
+    runs = [json.loads(Path(p).read_text(), parse_float=lambda x: float(f"{float(x):.6g}")) for p in sorted(paths)]
     lines = ",\n".join(json.dumps(run) for run in runs)
     (ASSETS / "results" / f"{name}.json").write_text(f"[\n{lines}\n]\n")
 
@@ -56,6 +56,86 @@ def tables():
             runs = [run["results"]["rmt"] for run in record("length", task=task, memory_noise=noise)]
             scores = " | ".join(spread([run[n]["teacher_forced"] for run in runs]) for n in ("8", "64", "1024", "4096"))
             yield f"| {task} | {noise} | {scores} | {published} |"
+
+
+LANGUAGE = {  # what the language table calls a run: the flags in which it differs from RECIPE
+    "`transformer`": {"model": "transformer"},
+    "`transformer`, 1.5 times the steps": {"model": "transformer", "steps": 2250},
+    "`transformer_xl`, C 4": {"model": "transformer_xl", "cache_len": 4},
+    "`transformer_xl`, C 32": {"model": "transformer_xl"},
+    "`rmt`, M 8": {},
+    "`rmt_xl`, M 8, C 8": {"model": "rmt_xl", "cache_len": 8},
+    "`rmt_xl`, M 8, C 32": {"model": "rmt_xl"}}
+TRIES = {
+    "`--memory-form norm`": {"memory_form": "norm"},
+    "`--write-slot both`": {"write_slot": "both"},
+    "`--write-slot memory`": {"write_slot": "memory"},
+    "`--memory-form norm --write-slot both`": {"memory_form": "norm", "write_slot": "both"},
+    "`--memory-form norm --write-slot memory`, the paper's": {"memory_form": "norm", "write_slot": "memory"},
+    "`--n-mem 4`": {"n_mem": 4}, "`--n-mem 16`": {"n_mem": 16},
+    "`--reset-every 8`": {"reset_every": 8}, "`--reset-every 0`, never": {"reset_every": 0},
+    "`--memory-noise 0.3`": {"memory_noise": 0.3},
+    "`--segments-per-step 1 --steps 3000`": {"segments_per_step": 1, "steps": 3000},
+    "`--segments-per-step 4 --steps 750`": {"segments_per_step": 4, "steps": 750},
+    "`--model mem_transformer`": {"model": "mem_transformer"}}
+RECIPE = {"data": ["python"], "model": "rmt", "segment_len": 32, "cache_len": 32, "n_mem": 8, "memory_form": "raw",
+          "write_slot": "embedding", "memory_noise": 0.0, "steps": 1500, "batch": 32, "segments_per_step": 2,
+          "reset_every": 64, "bptt_depth": -1}
+
+
+def language(**flags):
+    """The result of each seed of train_lm.py's recipe with some flags changed."""
+    runs = record("language", **RECIPE | flags)
+    return [run["results"][run["flags"]["model"]] | {"seed": run["seed"]} for run in runs]
+
+
+def bits(results, state="carried", places=None):
+    """Bits per character of each seed, over all or at some places in the segment."""
+    scores = [result[state] for result in results if state in result]
+    pieces = [score["by_position"][places] if places else [score["bpc"]] for score in scores]
+    return [sum(piece) / len(piece) for piece in pieces]
+
+
+def language_tables():
+    """The README's tables of train_lm.py, line by line."""
+    yield "| model | floats | all | first 8 | the rest | reset | another's | CPU s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, flags in LANGUAGE.items():
+        runs = language(**flags)
+        cells = [spread(bits(runs, *how)) if bits(runs, *how) else "" for how in (
+            (), ("carried", slice(8)), ("carried", slice(8, None)), ("reset",), ("of another stream",))]
+        seconds = spread([run["seconds"] for run in runs], 0)
+        yield f"| {name} | {runs[0]['carried']['state_floats']} | {' | '.join(cells)} | {seconds} |"
+    yield "| `--bptt-depth` | all | first 8 | the rest |"
+    yield "|---|---|---|---|"
+    for depth in range(4):
+        runs = language(segments_per_step=4, steps=750, bptt_depth=depth)
+        cells = [spread(bits(runs, "carried", places)) for places in (None, slice(8), slice(8, None))]
+        yield f"| {depth} | {' | '.join(cells)} |"
+    yield "| changed, seed 0 | all | worse by |"
+    yield "|---|---|---|"
+    (base,) = (bits([run])[0] for run in language() if run["seed"] == 0)
+    for name, flags in TRIES.items():
+        depth = {"bptt_depth": 3} if flags.get("segments_per_step") == 4 else {}
+        (tried,) = (bits([run])[0] for run in language(**flags | depth) if run["seed"] == 0)
+        yield f"| {name} | {tried:.3f} | {tried - base:+.3f} |"
+
+
+def draw_language():
+    """Left, bits per character by position in the segment; right, over bptt_depth."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", width_ratios=(3, 2))
+    for name, line, color in (("`transformer`", "-", "0.6"), ("`transformer_xl`, C 4", "--", "0.4"),
+                              ("`rmt`, M 8", "-o", "0"), ("`rmt_xl`, M 8, C 8", ":s", "0.3")):
+        runs = language(**LANGUAGE[name])
+        mean = [sum(place) / len(place) for place in zip(*(run["carried"]["by_position"] for run in runs), strict=True)]
+        left.plot(range(1, 33), mean, line, color=color, markersize=3, linewidth=1, label=name.replace("`", ""))
+    left.set(xlabel="position in the segment, characters", ylabel="bits per character", title="mean of three seeds")
+    for depth in range(4):
+        scores = bits(language(segments_per_step=4, steps=750, bptt_depth=depth))
+        right.plot([depth] * len(scores), scores, "o", color="0", markersize=4)
+    right.set(xlabel="bptt_depth, boundaries", xticks=range(4), title="rmt, 4 segments per step, three seeds")
+    left.legend(fontsize=8)
+    save(figure, "language")
 
 
 def save(figure, name):
@@ -225,4 +305,5 @@ if __name__ == "__main__":
         draw_method()
         draw_length()
         draw_staircase()
-        print("\n".join(tables()))
+        draw_language()
+        print("\n".join([*tables(), *language_tables()]))

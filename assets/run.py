@@ -7,6 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+DOWNLOADS = {  # texts: address, sha256
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/"
+                    "tinyshakespeare/input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "enwik8": ("http://mattmahoney.net/dc/enwik8.zip",
+               "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
+    "text8": ("http://mattmahoney.net/dc/text8.zip",
+              "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")}
+
 
 def fail(message):
     """End with one line and exit status 2; under torchrun the first process speaks for all."""
@@ -82,8 +90,34 @@ def write(path, writer):
         writer(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as reason:  # a full disk makes torch.save raise the second
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise OSError(f"{path} cannot be written, and what stood there before is whole: {reason}") from reason
+
+
+def fetch(name):
+    """The path of one of DOWNLOADS, brought to out/data if it is not there yet. Raises OSError."""
+    import hashlib
+    import shutil
+    from urllib.request import urlopen
+
+    from tqdm import tqdm
+    url, sha256 = DOWNLOADS[name]
+    path = Path("out/data") / url.split("/")[-1]
+
+    def download(temporary):
+        with urlopen(url, timeout=30) as source, temporary.open("wb") as file, tqdm.wrapattr(
+                file, "write", total=source.length, desc=path.name, disable=None) as counted:
+            shutil.copyfileobj(source, counted)
+        found = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        if found != sha256:
+            raise OSError(f"what came has sha256 {found}")
+    try:
+        if not path.exists():
+            write(path, download)
+    except OSError as reason:
+        raise OSError(f"{reason}; fetch {url} (sha256 {sha256}) by other means, give its text to --data") from reason
+    return path
 
 
 def write_config(args):
