@@ -279,11 +279,11 @@ class Transformer(nn.Module):
         """One carry per layer."""
         return tuple(block.initial_carry(batch_size) for block in self.blocks)
 
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, *past: list) -> tuple[Tensor, tuple]:
         """x (B, N, D), mask (N, C + N) or None, carry -> x (B, N, D) before the final norm, next carry."""
-        carries, past = [], past or [None] * len(self.blocks)
-        for block, layer_carry, layer_past in zip(self.blocks, carry, past, strict=True):
-            x, layer_carry = block(x, mask, layer_carry, layer_past)
+        carries = []
+        for i, (block, layer_carry) in enumerate(zip(self.blocks, carry, strict=True)):
+            x, layer_carry = block(x, mask, layer_carry, *past[i:i + 1])
             carries.append(layer_carry)
         return x, tuple(carries)
 
@@ -505,17 +505,19 @@ def extend(model, segment, state, past):
     """Logits (B, V) after the last token of the segment so far; past, a list per layer, gains the rows it lacks."""
     n_cached = state.carry[0][0].size(1) if model.n_cache else 0
     rows = slice(past[0][0] if past[0] else 0, model.n_read + segment.size(1))
-    mask = segment_mask(model.n_read, n_cached, segment.size(1), 0, model.config.memory_mask, segment.device)
+    mask = torch.ones(1, n_cached + rows.stop, dtype=torch.bool, device=segment.device)  # a new token sees all so far
+    if rows.start == 0:
+        mask = segment_mask(model.n_read, n_cached, segment.size(1), 0, model.config.memory_mask, segment.device)
     x = model.wrap(segment, state.memory)[:, rows]
-    x, _ = model.backbone(x, mask[rows], state.carry, past)  # what it carries on counts when the segment is over
+    x, _ = model.backbone(x, mask, state.carry, *past)  # what it carries on counts when the segment is over
     return model.head(model.norm(x[:, -1]))
 
 
-@torch.no_grad()
-def generate(model, tokens: Tensor, n_new: int, state: State | None = None, **choice) -> Tensor:
-    """Continue tokens (B, length) by n_new tokens -> (B, n_new); other arguments and errors are those of `stream`."""
+def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temperature: float = 1.0,
+             top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Continue tokens (B, length) by n_new tokens -> (B, n_new). Arguments and errors are those of `stream`."""
     require(type(n_new) is int and n_new > 0, f"n_new={n_new!r} must be an integer of at least 1")
-    return torch.cat([*islice(stream(model, tokens, state, **choice), n_new)], dim=1)
+    return torch.cat([*islice(stream(model, tokens, state, temperature, top_k, generator), n_new)], dim=1)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import os
+import random
 import re
 import signal
 import statistics
@@ -961,12 +962,14 @@ class TestTasks:
 
 TINY_LM = ("--data a.txt --batch 4 --segment-len 8 --d-model 16 --n-head 2 --n-mem 2 --cache-len 5 --steps 30 "
            "--warmup 5 --reset-every 7 --eval-every 10 --save-every 10 --length 20").split()
+WORDS = "import the memory of a segment, and read it: (what) was 'written' in line 1, 2 or 30?\nNext".split(" ")
+TEXT = " ".join(random.Random(0).choices(WORDS, k=5000))[:20_000]
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a text of 20,000 characters in it."""
-    (tmp_path / "a.txt").write_text(SOURCE[:20_000])
+    (tmp_path / "a.txt").write_text(TEXT)
     return tmp_path
 
 
@@ -984,7 +987,7 @@ class TestLanguage:
     FILES = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "loss.png", "position.png", "sample.txt"}
 
     @variants([name for name in PUBLISHED if not VARIANTS[name].full])
-    def test_a_tiny_run_of_every_variant_writes_its_files(self, variant, folder):
+    def test_a_tiny_run_of_every_variant_of_language_model_writes_its_files(self, variant, folder):
         run = run_train_lm(*TINY_LM, "--model", variant, "--baseline", "none", "--out", "a", cwd=folder)
         assert run.returncode == 0, run.stderr
         assert {path.name for path in (folder / "a").iterdir()} == self.FILES
@@ -992,17 +995,20 @@ class TestLanguage:
         crosses = VARIANTS[variant].recurrent or VARIANTS[variant].block is rmt.CacheBlock
         assert ("reset" in results[variant]) == ("of another stream" in results[variant]) == crosses
         bits = results[variant]["carried"]
+        assert len({results[variant][state]["bpc"] for state in ("carried", "reset", "of another stream") if crosses
+                    }) == 3 * crosses
         assert 1 < bits["bpc"] < 6 and min(bits["by_position"]) < bits["bpc"] < max(bits["by_position"])
         assert results["bigram"]["bpc"] < results["unigram"]["bpc"] < results["uniform"]["bpc"]
-        sample, test = (folder / "a" / "sample.txt").read_bytes(), SOURCE[:20_000].encode()[19_000:]
+        sample, test = (folder / "a" / "sample.txt").read_bytes(), TEXT.encode()[19_000:]
         assert sample[:16] == test[:16] and len(sample) == 16 + 20
 
     def test_report_names_both_models_the_controls_and_the_references(self, folder):
-        run = run_train_lm(*TINY_LM, "--bf16", "--checkpoint", "--accumulate", 2, "--bptt-depth", 0, cwd=folder)
+        options = "--bf16 --checkpoint --accumulate 2 --bptt-depth 0 --eval-length 1".split()
+        run = run_train_lm(*TINY_LM, *options, cwd=folder)
         assert run.returncode == 0, run.stderr
         for line in ("uniform  ", "unigram  ", "bigram  ", "gzip -9  ", "rmt  carried", "transformer  carried",
-                     "rmt  reset", "rmt  of another stream", "parameters, state of 32 floats", " characters per second",
-                     "parameters, state of 0 floats", "files in out/a-1", "18000 + 1000 + 1000 characters"):
+                     "rmt  reset", "rmt  of another stream", "parameters, state of 32 floats",
+                     "parameters, state of 0 floats", " characters per CPU second", "files in out/a-1", "18000 + 1000 + 1000 characters"):
             assert line in re.sub("   +", "  ", run.stdout)
         again = run_train_lm(*TINY_LM, "--baseline", "none", cwd=folder)
         assert again.returncode == 0 and "files in out/a-2" in again.stdout  # a second run loses nothing
@@ -1015,18 +1021,22 @@ class TestLanguage:
         ("--data zeros.bin", "--data zeros.bin holds zero bytes and is no text"),
         ("--data mixed", "/zeros.bin holds zero bytes and is no text"),
         ("--data nothing", "its train part has 0 characters"),
-        ("--data a.txt short.txt --prompt \u00e9", "has bytes that the training part has not: b"),
+        ("--data a.txt short.txt --prompt \u00e9", "--prompt '\u00e9' has bytes that the training part has not: b"),
         ("--batch 6 --accumulate 4", "--batch 6 must be divisible by 1 ranks * --accumulate 4"),
-        ("--model rmt_encoder", "--model rmt_encoder sees whole segments, the next character too: use rmt"),
+        ("--model rmt_encoder", "'rmt_encoder' sees whole segments, the next character too: use 'rmt'"),
+        ("--baseline rmt_encoder", "'rmt_encoder' sees whole segments"),
+        ("--model none", "variant='none' must be one of transformer"),
         ("--model lstm", "variant='lstm' must be one of transformer"),
         ("--memory-form sum", "memory_form='sum' must be one of norm, raw"),
         ("--segments-per-step 0", "--segments-per-step 0 must be at least 1"),
         ("--lr nan", "--lr nan must be at least 0 and at most"),
+        ("--temperature 1e-9", "temperature=1e-09 must be 0 (the most likely token)"),
+        ("--batch 2000", "its train part has 18000 characters and must have 128001"),
         ("--device abacus", "abacus"),
         ("--device cuda:9", "cuda"),
         ("--resume", "no run in --out ''"),
         ("--sample --out nowhere", "no run in --out 'nowhere'"),
-        ("--out a.txt", "a.txt/checkpoint.pt cannot be written"),
+        ("--out a.txt", "a.txt/checkpoint.pt was not written"),
         ("--segment 3", "unrecognized arguments: --segment 3"),
     ])
     def test_a_bad_flag_is_one_line_and_writes_nothing(self, flags, words, folder):
@@ -1043,7 +1053,7 @@ class TestLanguage:
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     def test_a_stopped_and_killed_language_model_resumes_to_the_same_numbers(self, folder):
-        flags = [*TINY_LM, "--steps", 90, "--save-every", 7, "--dropout", 0.1, "--memory-noise", 0.5, "--accumulate", 2]
+        flags = [*TINY_LM, "--steps", 90, "--save-every", 5, "--dropout", 0.1, "--memory-noise", 0.5, "--accumulate", 2]
         whole = run_train_lm(*flags, "--out", "whole", cwd=folder)
         assert whole.returncode == 0, whole.stderr
         checkpoint = folder / "parts" / "checkpoint.pt"
@@ -1085,13 +1095,16 @@ class TestLanguage:
         assert model.returncode == 2 and "--model transformer: the run in a has rmt" in model.stderr
         prompt = run_train_lm("--sample", "--out", "a", "--prompt", "\u00e9", cwd=folder)
         assert prompt.returncode == 2 and "has bytes that the training part has not" in prompt.stderr
+        other = run_train_lm("--sample", "--out", "a", "--segment-len", 9, cwd=folder)
+        assert other.returncode == 2 and "--segment-len 9: the run in a has 8" in other.stderr
         (folder / "a.txt").write_text("#" * 20_000)
         text = run_train_lm("--resume", "--out", "a", cwd=folder)
         assert text.returncode == 2 and "the text has 1 different characters" in text.stderr
         assert {path.name: path.read_bytes() for path in (folder / "a").iterdir()} == before
         (folder / "a" / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:1000])
-        truncated = run_train_lm("--resume", "--out", "a", cwd=folder)
-        assert truncated.returncode == 2 and "Traceback" not in truncated.stderr
+        for flags in ("--resume", "--sample"):
+            truncated = run_train_lm(flags, "--out", "a", cwd=folder)
+            assert truncated.returncode == 2 and "a/checkpoint.pt is no checkpoint to go on with" in truncated.stderr
 
     def test_a_full_disk_is_one_line_and_leaves_a_whole_checkpoint(self, folder):
         resource = pytest.importorskip("resource")
@@ -1102,7 +1115,7 @@ class TestLanguage:
         full = run_train_lm(*TINY_LM, "--out", "b", cwd=folder,
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
         assert full.returncode == 2 and len(full.stderr.strip().splitlines()) == 1
-        assert "b/checkpoint.pt cannot be written, and what stood there before is whole" in full.stderr
+        assert "b/checkpoint.pt was not written, and what stood there before is whole" in full.stderr
         assert steps_done(folder / "b" / "checkpoint.pt") == 0 and not list((folder / "b").glob("*.tmp"))
 
     @pytest.mark.parametrize("mode", [["--accumulate", 2], ["--ranks"]])
@@ -1149,7 +1162,7 @@ class TestLanguage:
     def test_training_equals_a_loop_by_hand(self):
         """The state is carried from step to step, detached; every fifth step starts from the learned memory."""
         import train_lm
-        args, raw = lm_arguments(steps=16), SOURCE[:500].encode()  # 450 characters, 4 streams of 112: 14 steps a pass
+        args, raw = lm_arguments(steps=16), TEXT[:500].encode()  # 450 characters, 4 streams of 112: 14 steps a pass
         text = train_lm.Text(raw)
         run = train_lm.new_run(args, "rmt", len(text.vocabulary))
         model = copy.deepcopy(run["model"])
@@ -1175,12 +1188,33 @@ class TestLanguage:
         for ours, theirs in zip(run["model"].parameters(), model.parameters(), strict=True):
             assert_close(ours, theirs, 1e-9)
 
+    def test_flags_reach_the_segments(self):
+        """bptt_depth cuts within a step, checkpoint changes nothing, bf16 rounds."""
+        import train_lm
+        torch.set_default_dtype(torch.float32)
+        tokens, losses, gradients = text(4 * T + 1), {}, {}
+        for name, changes in {"": {}, "depth": {"bptt_depth": 0}, "checkpoint": {"checkpoint": True},
+                              "bf16": {"bf16": True}}.items():
+            model = RMT(build().config)
+            with torch.no_grad():
+                model.memory.normal_(generator=torch.Generator().manual_seed(0))
+            torch.manual_seed(0)
+            model.init_weights(("memory",))
+            loss, state = train_lm.Segments(lm_arguments(**changes), model)(tokens[:, :-1], tokens[:, 1:], None)
+            loss.backward()
+            assert not state.memory.requires_grad
+            losses[name], gradients[name] = loss.item(), torch.cat([g.flatten() for g in gradients_of(model)])
+        assert losses["depth"] == losses[""] == losses["checkpoint"]
+        assert torch.equal(gradients["checkpoint"], gradients[""])
+        assert (gradients["depth"] - gradients[""]).abs().max() > 1e-5
+        assert 0 < abs(losses["bf16"] - losses[""]) < 0.05
+
     @pytest.mark.parametrize("variant", ["transformer", "rmt", "rmt_xl"])
-    @pytest.mark.parametrize("length", [9, 64 * T + 1, 1000])
+    @pytest.mark.parametrize("length", [9, 64 * T + 1, 1001])
     def test_evaluation_equals_a_loop_over_streams(self, variant, length):
         import train_lm
         model, tokens = build(variant), text(length, 1)[0].to(torch.uint8)
-        n = min(64, (length - 1) // T)
+        n = max(1, min(64, (length - 1) // (32 * T)))
         bits = {state: [[] for _ in range(T)] for state in ("carried", "reset")}
         for i in range(n):
             row = tokens[i * ((length - 1) // n):][:(length - 1) // n + 1].long()
@@ -1211,8 +1245,8 @@ class TestLanguage:
     def test_references_equal_counts_by_hand(self):
         """Counts begin at 1 for every pair of characters, so that no pair of the test part is impossible."""
         import train_lm
-        text = train_lm.Text(SOURCE.encode()[:4000])
-        train, test, V = SOURCE.encode()[:3600], text.decode(text.test), len(text.vocabulary)
+        text = train_lm.Text(TEXT.encode()[:4000])
+        train, test, V = TEXT.encode()[:3600], text.decode(text.test), len(text.vocabulary)
         def p_two(a, b):
             return (1 + sum(train[i:i + 2] == bytes([a, b]) for i in range(3599))) / (V + train[:-1].count(a))
         def p_one(b):
@@ -1235,7 +1269,8 @@ class TestLanguage:
     def test_files_and_folders_are_read_in_the_order_given_and_sorted_inside(self, folder):
         import train_lm
         (folder / "b" / "c").mkdir(parents=True)
-        for name, content in {"b/z": "4", "b/c/y": "3", "b/.hidden": "no", "x": "1"}.items():
+        (folder / "b" / ".git").mkdir()
+        for name, content in {"b/z": "4", "b/c/y": "3", "b/.hidden": "no", "b/.git/z": "no", "x": "1"}.items():
             (folder / name).write_text(content)
         assert train_lm.read([str(folder / "x"), str(folder / "b")]) == b"134"
 
@@ -1245,10 +1280,11 @@ class TestLanguage:
         import threading
         import zipfile
 
+        import assets.run
         import train_lm
         (folder / "server").mkdir()
         (folder / "home").mkdir()
-        content = SOURCE.encode()
+        content = TEXT.encode()
         (folder / "server" / "plain.txt").write_bytes(content)
         with zipfile.ZipFile(folder / "server" / "packed.zip", "w") as archive:
             archive.writestr("packed", content)
@@ -1262,19 +1298,23 @@ class TestLanguage:
                   for name in ("plain.txt", "packed.zip")}
         for name, file, sha256 in (("plain", "plain.txt", hashes["plain.txt"]), ("wrong", "plain.txt", "0" * 64),
                                    ("packed", "packed.zip", hashes["packed.zip"]), ("missing", "no.txt", "0" * 64)):
-            monkeypatch.setitem(train_lm.DOWNLOADS, name, (f"{url}/{file}", sha256))
-        for name, words in (("wrong", f"what came has sha256 {hashes['plain.txt']}"), ("missing", "404")):
-            with pytest.raises(OSError, match=words) as error:
+            monkeypatch.setitem(assets.run.DOWNLOADS, name, (f"{url}/{file}", sha256))
+        for name, words in (("wrong", f"it has sha256 {hashes['plain.txt']}"), ("missing", "404")):
+            with pytest.raises(ValueError, match=words) as error:
                 train_lm.read([name])
-            assert f"fetch {url}" in str(error.value) and f"(sha256 {'0' * 64})" in str(error.value)
-            assert "give its text to --data" in str(error.value)
+            assert f"no {name} from {url}" in str(error.value) and f"(sha256 {'0' * 64})" in str(error.value)
+            assert "--data FILE" in str(error.value)
             assert not list((folder / "home" / "out" / "data").iterdir())
         assert train_lm.read(["plain"]) == train_lm.read(["packed"]) == content
         server.shutdown()
         server.server_close()
         assert train_lm.read(["plain"]) == train_lm.read(["packed"]) == content  # kept
-        (folder / "home" / "out" / "data" / "plain.txt").unlink()
-        with pytest.raises(OSError, match="refused"):
+        kept = folder / "home" / "out" / "data" / "plain.txt"
+        kept.write_bytes(content[:-1])
+        with pytest.raises(ValueError, match=r"delete out.data.plain\.txt"):
+            train_lm.read(["plain"])
+        kept.unlink()
+        with pytest.raises(ValueError, match="refused"):
             train_lm.read(["plain"])
 
     def test_a_sample_is_what_generate_writes_past_segment_ends(self, folder):
@@ -1316,6 +1356,16 @@ class TestLearning:
         assert run.returncode == 0, run.stderr
         results = json.loads((tmp_path / "a" / "result.json").read_text())["results"]
         assert results["rmt"]["4096"]["teacher_forced"] >= 0.97
+
+    def test_memory_is_worth_bits_in_language_first_of_all_where_segments_begin(self, tmp_path):
+        run = run_train_lm("--out", "a", cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        results = json.loads((tmp_path / "a" / "result.json").read_text())["results"]
+        memory, none = results["rmt"], results["transformer"]["carried"]
+        assert memory["carried"]["bpc"] < none["bpc"] - 0.05 < results["bigram"]["bpc"] - 1
+        assert memory["carried"]["bpc"] < min(memory[how]["bpc"] for how in ("reset", "of another stream")) - 0.05
+        gains = [a - b for a, b in zip(none["by_position"], memory["carried"]["by_position"], strict=True)]
+        assert sum(gains[:8]) / 8 > 2 * sum(gains[8:]) / 24
 
     @pytest.mark.parametrize("distance", [1, 2])
     def test_a_fact_is_learned_if_and_only_if_gradient_reaches_it(self, distance, tmp_path):
@@ -1684,9 +1734,11 @@ SCRIPT_MUTATIONS = [  # the story, the file, a fragment of it, what it becomes, 
      "test_two_ranks_and_two_parts_have_the_gradients_of_one_process"),
     ("ranks keep their gradients", "train_lm.py", "    if RANKS > 1:  # where", "    if RANKS > 2:  # where",
      "test_two_ranks_and_two_parts_have_the_gradients_of_one_process"),
+    ("another stream is the same one", "train_lm.py", "t.roll(1, 0)", "t.roll(0, 0)",
+     "test_a_tiny_run_of_every_variant_of_language_model_writes_its_files"),
     ("the gradients of parts add up", "train_lm.py", "(loss / args.accumulate)", "loss",
      "test_two_ranks_and_two_parts_have_the_gradients_of_one_process"),
-    ("a resumed run draws other random numbers", "train_lm.py", "torch.set_rng_state(ranks[RANK]", "len(ranks[RANK]",
+    ("a resumed run draws other random numbers", "train_lm.py", "torch.set_rng_state(mine", "len(mine",
      "test_a_stopped_and_killed_language_model_resumes_to_the_same_numbers"),
     ("a resumed run forgets its states", "train_lm.py", "states=[s and map", "states=[None and map",
      "test_a_stopped_and_killed_language_model_resumes_to_the_same_numbers"),

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from assets.run import fail, folder, parse, write, write_config, write_report, write_rows
+from assets.run import fail, parse, setup, start, write, write_config, write_csv, write_report
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -264,7 +264,7 @@ def save_runs(args, runs):
     rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state(args.device)] if args.device.startswith("cuda") else [])]
     write(args.out / "checkpoint.pt", lambda path: torch.save({"runs": states, "rng": rng}, path))
     rows = [["model", "step", "segments", "loss", *(f"accuracy_{n}" for n in args.lengths)]]
-    write_rows(args.out / "metrics.csv", rows + [row for run in runs.values() for row in run["rows"]])
+    write_csv(args.out / "metrics.csv", rows + [row for run in runs.values() for row in run["rows"]])
 
 
 def load_runs(args):
@@ -327,17 +327,13 @@ def main(args):
     args.lengths = [n for n in range(2, args.segments + 1) if n % TASKS[args.task][1] == 0]  # segments in training
     longest = args.symbols + 1 if args.task == "retrieval" else 4 * args.segments  # retrieval runs out of keys
     args.eval_segments = args.eval_segments or [min(n * args.segments, longest) for n in (2, 4)]
-    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    torch.set_num_threads(args.threads)
     names = [args.model] + [args.baseline] * (args.baseline not in ("none", args.model))
-    args.out = folder(args, args.task)
     try:
         check(args)
-        torch.zeros(1, device=args.device).item()
+        setup(args, args.task)
         models = [build(args, name) for name in names]
-    except (ValueError, RuntimeError, AssertionError) as reason:
-        hint = "" if isinstance(reason, ValueError) else f" (--device {args.device}: try --device cpu)"
-        fail(str(reason).splitlines()[0] + hint)
+    except ValueError as reason:
+        fail(reason)
     try:
         runs = load_runs(args) if args.resume else {}
         save_runs(args, runs)
@@ -361,10 +357,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except OSError as reason:
-        fail(reason)
-    except KeyboardInterrupt:
-        print(f"stopped; to go on: python train_copy.py --resume --out {ARGS.out}")
-        sys.exit(130)
+    start(main, ARGS)

@@ -8,16 +8,14 @@
         --lr 1e-3 --steps 20000                          one GPU; not measured yet
     torchrun --nproc-per-node 4 train_lm.py --data enwik8 --bf16 --segment-len 128 --n-layer 12 --d-model 512 --n-head 8
         --n-mem 10 --memory-form norm --write-slot memory --dropout 0.1 --batch 24 --lr 2.5e-4 --steps 400000
-                                                         the paper's enwik8 model on four GPUs; not measured yet
+        --baseline none                                  the paper's enwik8 model on four GPUs; not measured yet
 
 Writes config.json, metrics.csv, checkpoint.pt, result.json, loss.png, position.png and sample.txt to --out.
 """
-import codecs
 import gzip
 import hashlib
 import math
 import os
-import pickle
 import signal
 import sys
 import sysconfig
@@ -27,7 +25,7 @@ from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
-from assets.run import DOWNLOADS, fail, fetch, folder, parse, write, write_config, write_report, write_rows
+from assets.run import RANK, RANKS, fail, fetch, load, parse, setup, start, write, write_config, write_csv, write_report
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -75,8 +73,6 @@ FLAGS = {  # group, flag, default, help
         "out": ("", "folder to write to, default out/TEXT-N with the first N that is free"),
         "resume": (False, "go on with the run in --out, to the same numbers as if it had not stopped")}}
 LIMITS = {"bptt_depth": (-1, 10**9), "reset_every": (0, 10**9), "top_k": (0, 10**9), "seed": (0, 2**31 - 1)}
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-LAUNCH = f"torchrun --nproc-per-node {RANKS}" if RANKS > 1 else "python"
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
@@ -101,16 +97,17 @@ def read(data):
         root, no = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         files = [path for path in root.rglob("*.py") if not no & set(path.relative_to(root).parts)]
         return b"".join(path.read_bytes() for path in sorted(files, key=Path.as_posix))
-    if len(data) == 1 and data[0] in DOWNLOADS:
-        path = fetch(data[0])
+    path = fetch(data[0]) if len(data) == 1 else None
+    if path:
         return zipfile.ZipFile(path).read(path.stem) if path.suffix == ".zip" else path.read_bytes()
-    parts = []
-    for name in data:
-        if not Path(name).exists():
-            raise ValueError(f"--data {name}: no such file; give files, folders, python, {', '.join(DOWNLOADS)}")
-        inside = sorted(path for path in Path(name).rglob("*") if path.is_file() and not path.name.startswith("."))
-        for path in inside if Path(name).is_dir() else [Path(name)]:
-            parts.append(path.read_bytes())
+    parts = [b""]
+    for root in map(Path, data):
+        if not root.exists():
+            raise ValueError(f"--data {root}: no such file; give files, folders, python, shakespeare, enwik8, text8")
+        inside = sorted(path for path in root.rglob("*") if path.is_file())
+        for path in [root] if root.is_file() else inside:
+            if not any(part.startswith(".") for part in path.relative_to(root).parts):
+                parts.append(path.read_bytes())
             if b"\0" in parts[-1]:
                 raise ValueError(f"--data {path} holds zero bytes and is no text: name the files that are")
     return b"".join(parts)
@@ -158,7 +155,7 @@ def build(args, variant, vocab_size):
     sizes = {name: getattr(args, name) for name in FLAGS["model"].keys() - {"model", "baseline"}}
     model = RMT(Config(variant, vocab_size, **sizes)).to(args.device)
     if model.variant.full:
-        raise ValueError(f"--model {variant} sees whole segments, the next character too: use rmt")
+        raise ValueError(f"{variant!r} sees whole segments, the next character too: use 'rmt'")
     return model
 
 
@@ -169,12 +166,12 @@ def evaluate(args, model, part, between=lambda state: state):
     Returns the floats of a stream's state too. between may tamper with the state at each boundary.
     """
     T = args.segment_len
-    rows = streams(part, min(64, (len(part) - 1) // T)).to(args.device)
+    rows = streams(part, max(1, min(64, (len(part) - 1) // (32 * T)))).to(args.device)
     state, bits, counts = model.eval().initial_state(len(rows)), torch.zeros(T, device=args.device), torch.zeros(T)
     for inputs, targets in zip(rows[:, :-1].split(T, dim=1), rows[:, 1:].split(T, dim=1), strict=True):
-        logits, state = model(inputs, between(state))
-        bits[:inputs.size(1)] += F.cross_entropy(logits.transpose(1, 2), targets.long(), reduction="none").sum(0)
-        counts[:inputs.size(1)] += len(rows)
+        n, (logits, state) = inputs.size(1), model(inputs, between(state))
+        bits[:n] += F.cross_entropy(logits.transpose(1, 2), targets.long(), reduction="none").sum(0)
+        counts[:n] += len(rows)
     bits = bits.cpu() / math.log(2)
     return {"bpc": (bits.sum() / counts.sum()).item(), "by_position": (bits / counts).tolist(),
             "state_floats": sum(t.numel() for t in tensors(state)) // len(rows)}
@@ -212,8 +209,7 @@ class Segments(torch.nn.Module):
 def new_run(args, variant, vocab_size):
     """All that training changes, at step 0."""
     model = build(args, variant, vocab_size)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.98), weight_decay=0.01,
-                                  fused=not args.device.startswith("mps"))
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.98), fused=not args.device.startswith("mps"))
     return {"model": model, "optimizer": optimizer, "states": [None] * args.accumulate, "step": 0, "bpc": 0.0,
             "rows": [], "seconds": 0.0}
 
@@ -225,7 +221,7 @@ def train(args, run, name, text, save):
     model, optimizer, states, stop = run["model"].train(), run["optimizer"], run["states"], []
     segments = Segments(args, model)
     if RANKS > 1:  # where no stream starts anew, the initial memory is not used
-        segments = DistributedDataParallel(segments, find_unused_parameters=True)
+        segments = DistributedDataParallel(segments, find_unused_parameters=True, broadcast_buffers=False)
     rows = streams(text.train, args.batch).chunk(RANKS)[RANK].to(args.device)
     width, clock = args.segments_per_step * args.segment_len, time.process_time if args.device == "cpu" else time.time
     default = signal.signal(signal.SIGINT, lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, default)))
@@ -256,7 +252,7 @@ def train(args, run, name, text, save):
         run["step"], run["seconds"] = step + 1, run["seconds"] + clock() - began
         valid = ""
         if run["step"] % args.eval_every == 0 and RANK == 0:
-            valid = evaluate(args, model, text.valid[:args.eval_length])["bpc"]
+            valid = evaluate(args, model, text.valid[:max(args.eval_length, args.segment_len + 1)])["bpc"]
             model.train()
             tqdm.write(f"{name:16} step {step + 1:6}   bits per character: train {run['bpc']:.3f}   valid {valid:.3f}")
         if run["step"] % 20 == 0 or valid or run["step"] == args.steps:
@@ -270,42 +266,38 @@ def train(args, run, name, text, save):
 
 def save_runs(args, runs, text):
     """checkpoint.pt, with all that an exact resume needs, and metrics.csv. All ranks call it, the first one writes."""
-    rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if args.device.startswith("cuda") else [])]
+    rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state(args.device)] if args.device.startswith("cuda") else [])]
     states = {name: [state and tuple(map_tensors(torch.Tensor.cpu, state)) for state in run["states"]]
               for name, run in runs.items()}
     ranks = [{"rng": rng, "states": states}] * RANKS
     if RANKS > 1:
         dist.all_gather_object(ranks, ranks[RANK])
-    if RANK > 0:
-        return
     saved = {name: {key: value.state_dict() if key in ("model", "optimizer") else value for key, value in run.items()
                     if key != "states"} for name, run in runs.items()}
     checkpoint = {"runs": saved, "ranks": ranks, "vocabulary": list(text.vocabulary), "sha256": text.sha256}
-    write(args.out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
     rows = [["model", "step", "characters", "seconds", "train_bpc", "valid_bpc"]]
-    write_rows(args.out / "metrics.csv", rows + [row for run in runs.values() for row in run["rows"]])
+    if RANK == 0:
+        write(args.out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        write_csv(args.out / "metrics.csv", rows + [row for run in runs.values() for row in run["rows"]])
 
 
-def load_runs(args, text=None):
-    """The runs of checkpoint.pt and their vocabulary; with a text, ready to go on with it. Raises ValueError."""
-    saved, runs = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True), {}
-    ranks, vocabulary = saved["ranks"], bytes(saved["vocabulary"])
-    if text and text.sha256 != saved["sha256"]:
+def load_runs(args, runs, text):
+    """Bring new runs to where those of checkpoint.pt stand. Raises ValueError."""
+    saved = load(args.out / "checkpoint.pt", "runs", "ranks", "vocabulary", "sha256")
+    if text.sha256 != saved["sha256"]:
         raise ValueError(f"the text has {len(text.vocabulary)} different characters, sha256 {text.sha256}; the run in "
-                         f"{args.out} began with {len(vocabulary)}, {saved['sha256']}")
-    if text and len(ranks) != RANKS:
-        raise ValueError(f"the run in {args.out} began on {len(ranks)} ranks, not {RANKS}: --nproc-per-node")
-    for name, state in saved["runs"].items():
-        runs[name] = run = new_run(args, name, len(vocabulary))
+                         f"{args.out} began with {len(saved['vocabulary'])}, {saved['sha256']}")
+    if len(saved["ranks"]) != RANKS:
+        raise ValueError(f"the run in {args.out} began on {len(saved['ranks'])} ranks, not {RANKS}: --nproc-per-node")
+    mine = saved["ranks"][RANK]
+    for name, run in runs.items():
         for key in ("model", "optimizer"):
-            run[key].load_state_dict(state.pop(key))
-        states = ranks[RANK if text else 0]["states"][name]
-        run.update(state, states=[s and map_tensors(lambda t: t.to(args.device), State(*s)) for s in states])
-    if text:
-        torch.set_rng_state(ranks[RANK]["rng"][0])
-    if text and args.device.startswith("cuda"):
-        torch.cuda.set_rng_state(ranks[RANK]["rng"][-1])
-    return runs, vocabulary
+            run[key].load_state_dict(saved["runs"][name].pop(key))
+        states = [s and map_tensors(lambda t: t.to(args.device), State(*s)) for s in mine["states"][name]]
+        run.update(saved["runs"][name], states=states)
+    torch.set_rng_state(mine["rng"][0])
+    if args.device.startswith("cuda") and len(mine["rng"]) > 1:
+        torch.cuda.set_rng_state(mine["rng"][1], args.device)
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -315,12 +307,12 @@ def report(args, runs, text):
     quarter, results = max(1, args.segment_len // 4), {name: {"bpc": bits} for name, bits in references(text).items()}
     print(f"\nbits per character of the test part, {len(text.test)} characters; 'first' are the first {quarter} of a "
           f"segment\n{'model':17}{'state at a boundary':31}    all  first   rest", flush=True)
-    for name, result in results.items():
-        print(f"{name:48}{result['bpc']:7.3f}")
+    print("\n".join(f"{name:48}{result['bpc']:7.3f}" for name, result in results.items()))
     states = {"carried": lambda model, state: state, "reset": lambda model, state: model.initial_state(len(state[0])),
               "of another stream": lambda model, state: map_tensors(lambda t: t.roll(1, 0), state)}
     for name, run in runs.items():
-        results[name] = {"seconds": round(run["seconds"], 1), "per_second": round(run["rows"][-1][2] / run["seconds"])}
+        speed = run["rows"][-1][2] / RANKS / run["seconds"]
+        results[name] = {"seconds": round(run["seconds"], 1), "per_second": round(speed)}
         for state, between in states.items():
             scores = results[name][state] = evaluate(args, run["model"], text.test, partial(between, run["model"]))
             bits = torch.tensor(scores["by_position"])
@@ -328,76 +320,73 @@ def report(args, runs, text):
                   flush=True)
             if not scores["state_floats"]:
                 break
-    prompt = args.prompt.encode() or text.decode(text.test[:2 * args.segment_len])
-    sample = b"".join(write_on(args, runs[args.model]["model"], text.vocabulary, prompt))
-    write(args.out / "sample.txt", lambda path: path.write_bytes(sample))
+    prompt = os.fsencode(args.prompt) or text.decode(text.test[:2 * args.segment_len])
+    pieces = write_on(args, runs[args.model]["model"], text.vocabulary, prompt)
+    write(args.out / "sample.txt", lambda path: path.write_bytes(b"".join(pieces)))
     figures = {"loss": draw_loss(runs), "position": draw_position({name: results[name] for name in runs})}
     write_report(args, results | {"text_sha256": text.sha256, "ranks": RANKS}, figures)
+    unit = "CPU second" if args.device == "cpu" else "second"
     for name, run in runs.items():
-        print(f"{name}: {results[name]['carried']['bpc']:.3f} bits per character after {run['seconds']:.0f} seconds of "
-              f"training, {results[name]['per_second']} characters per second")
+        print(f"{name}: {results[name]['carried']['bpc']:.3f} bits per character after {run['seconds']:.0f} {unit}s of "
+              f"training, {results[name]['per_second']} characters per {unit}")
     print(f"files in {args.out}; python train_lm.py --sample --out {args.out} writes on")
 
 
-def sample(args):
-    """Print text while the model in --out writes it."""
-    runs, vocabulary = load_runs(args)
-    if args.model not in runs:
-        raise ValueError(f"--model {args.model}: the run in {args.out} has {', '.join(runs)}")
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece in write_on(args, runs[args.model]["model"], vocabulary, args.prompt.encode()):
-        print(decoder.decode(piece), end="", flush=True)
-    print()
-
-
 def prepare(args):
-    """The text and the runs so far. Raises if anything does not fit, before anything is written."""
-    B, T = args.batch, args.segment_len
+    """The text and the runs so far. Raises ValueError or OSError if anything does not fit."""
+    B, T, runs = args.batch, args.segment_len, {}
     if B % (RANKS * args.accumulate):
         raise ValueError(f"--batch {B} must be divisible by {RANKS} ranks * --accumulate {args.accumulate}")
-    if RANK > 0:
+    text = Text(read(args.data)) if RANK == 0 else None
+    if RANKS > 1:
         dist.barrier()  # the first rank downloads
-    text = Text(read(args.data))
-    if RANKS > 1 and RANK == 0:
-        dist.barrier()
+    text = text or Text(read(args.data))
     for part, least in (("train", B * args.segments_per_step * T + 1), ("valid", T + 1), ("test", T + 1)):
         if len(getattr(text, part)) < least:
             raise ValueError(f"--data {' '.join(args.data)}: its {part} part has {len(getattr(text, part))} characters "
                              f"and must have {least}: give more text, or a smaller --batch or --segment-len")
-    next(write_on(args, None, text.vocabulary, args.prompt.encode()))  # refuses a wrong prompt
-    names = [name for name in dict.fromkeys([args.model, args.baseline]) if name != "none"]
-    runs = {name: new_run(args, name, len(text.vocabulary)) for name in names}
-    return text, load_runs(args, text)[0] if args.resume else runs
+    for name in [args.model] + [args.baseline] * (args.baseline not in ("none", args.model)):
+        runs[name] = new_run(args, name, len(text.vocabulary))
+    list(islice(write_on(args, runs[args.model]["model"], text.vocabulary, os.fsencode(args.prompt)), 2))  # a trial
+    if args.resume:
+        load_runs(args, runs, text)
+    return text, runs
+
+
+def sample(args):
+    """Print text while the model in --out writes it."""
+    saved = load(args.out / "checkpoint.pt", "runs", "vocabulary")
+    if args.model not in saved["runs"]:
+        raise ValueError(f"--model {args.model}: the run in {args.out} has {', '.join(saved['runs'])}")
+    model = build(args, args.model, len(saved["vocabulary"]))
+    model.load_state_dict(saved["runs"][args.model]["model"])
+    for piece in write_on(args, model, bytes(saved["vocabulary"]), os.fsencode(args.prompt)):
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+    print()
 
 
 def main(args):
     """Check all there is to check before anything is written; train; report. Or write text."""
-    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    args.out = folder(args, Path(args.data[0]).stem or "text")
-    torch.set_num_threads(args.threads)
     try:
-        torch.zeros(1, device=args.device)
-        if RANKS > 1:
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        if RANKS > 1 and args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        setup(args, Path(args.data[0]).stem or "text")
         if args.sample:
             return sample(args)
         text, runs = prepare(args)
-    except (ValueError, OSError, RuntimeError, AssertionError, LookupError, EOFError, pickle.UnpicklingError) as reason:
-        fail(f"{reason or type(reason).__name__}" + f" (--device {args.device})" * isinstance(reason, AssertionError))
+    except (ValueError, RuntimeError) as reason:
+        fail(reason)
     save_runs(args, runs, text)
     if RANK == 0:
         write_config(args)
+        width = args.segments_per_step * args.segment_len
         print(f"{' '.join(args.data)}: {len(text.train)} + {len(text.valid)} + {len(text.test)} characters, "
               f"{len(text.vocabulary)} different ones, sha256 {text.sha256[:16]}..."
               + f"; left out of the last two parts: {text.n_unseen} that the first has not" * (text.n_unseen > 0)
-              + f"\ndevice {args.device}, ranks {RANKS}, seed {args.seed}; in a step {args.batch} streams go on by "
-              f"{args.segments_per_step} segments of {args.segment_len} characters; files in {args.out}")
+              + f"\ndevice {args.device}, ranks {RANKS}, seed {args.seed}; a step takes {args.batch} streams on by "
+              f"{width} characters, {args.batch * width} in all; files in {args.out}")
         for name, run in runs.items():
-            _, state = unroll(run["model"].eval(), text.train[None, :args.segment_len + args.cache_len].to(args.device))
-            print(f"{name}: {sum(p.numel() for p in run['model'].parameters())} parameters, "
-                  f"state of {sum(t.numel() for t in tensors(state))} floats")
+            floats = evaluate(args, run["model"], text.train[:args.segment_len + args.cache_len + 1])["state_floats"]
+            print(f"{name}: {sum(p.numel() for p in run['model'].parameters())} parameters, state of {floats} floats")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to go on with
     for name, run in runs.items():
         train(args, run, name, text, lambda: save_runs(args, runs, text))
@@ -408,11 +397,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except OSError as reason:
-        fail(reason)
-    except KeyboardInterrupt:
-        if RANK == 0 and not ARGS.sample:
-            print(f"stopped; to go on: {LAUNCH} train_lm.py --resume --out {ARGS.out}")
-        sys.exit(130)
+    start(main, ARGS)

@@ -129,12 +129,16 @@ def draw_language():
         runs = language(**LANGUAGE[name])
         mean = [sum(place) / len(place) for place in zip(*(run["carried"]["by_position"] for run in runs), strict=True)]
         left.plot(range(1, 33), mean, line, color=color, markersize=3, linewidth=1, label=name.replace("`", ""))
-    left.set(xlabel="position in the segment, characters", ylabel="bits per character", title="mean of three seeds")
+        above = ", ".join(f"{bit:.2f}" for bit in mean if bit > 2.9)
+        if above:
+            left.text(3.2, 2.84, f"{name.replace('`', '')} begins with {above}", fontsize=8, color=color)
+    left.set(xlabel="position in the segment, characters", ylabel="bits per character", title="mean of three seeds",
+             ylim=(2.1, 2.9))
     for depth in range(4):
         scores = bits(language(segments_per_step=4, steps=750, bptt_depth=depth))
         right.plot([depth] * len(scores), scores, "o", color="0", markersize=4)
     right.set(xlabel="bptt_depth, boundaries", xticks=range(4), title="rmt, 4 segments per step, three seeds")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="center right")
     save(figure, "language")
 
 

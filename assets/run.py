@@ -1,12 +1,22 @@
-"""What both training scripts need and no reader of the model does: flags, and files that are written whole."""
+"""What the training scripts need and no reader of the model does: flags, ranks, downloads, files written whole.
+
+torch is imported inside functions, so that --help and a wrong flag answer at once.
+"""
 import argparse
+import hashlib
 import json
 import os
 import platform
+import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+SCRIPT = Path(sys.argv[0]).name
+LAUNCH = [*(["torchrun", "--nproc-per-node", str(RANKS)] if RANKS > 1 else ["python"]), SCRIPT]
 DOWNLOADS = {  # texts: address, sha256
     "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/"
                     "tinyshakespeare/input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
@@ -17,11 +27,28 @@ DOWNLOADS = {  # texts: address, sha256
 
 
 def fail(message):
-    """End with one line and exit status 2; under torchrun the first process speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """End with one line and exit status 2; the first rank speaks for all."""
+    if RANK == 0:
+        print(f"{SCRIPT}: error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
+
+def start(main, args):
+    """Run main(args); end with one line where it is stopped or a file cannot be written."""
+    try:
+        main(args)
+    except BrokenPipeError:  # as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as reason:
+        fail(reason)
+    except KeyboardInterrupt:
+        if RANK == 0 and not getattr(args, "sample", False):
+            print(f"stopped; to go on: {shlex.join([*LAUNCH, '--resume', '--out', str(args.out)])}")
+        sys.exit(130)
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
 
 def parse(description, flags, limits, recipes=None):
     """Flags from the command line, else of the run in --out that is resumed or sampled from, else the defaults.
@@ -29,8 +56,8 @@ def parse(description, flags, limits, recipes=None):
     flags    {group: {flag: (default, help)}}; a default None stands in recipes, {task: {flag: default}}
     limits   {flag: (smallest, largest)} where they are not 1, for integers, or 0, for other numbers, and 1e9
     """
-    parser = argparse.ArgumentParser(usage=f"python {Path(sys.argv[0]).name} [flags]", allow_abbrev=False,
-                                     description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=f"python {SCRIPT} [flags]", description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     for title, group in flags.items():
         group_parser = parser.add_argument_group(title)
@@ -47,8 +74,8 @@ def parse(description, flags, limits, recipes=None):
                 text += f" (default: {default[0] if type(default) is list else default})"
             group_parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **options)
     args, saved = parser.parse_args(), {}
-    config = Path(args.out) / "config.json"
-    if args.resume or getattr(args, "sample", False):
+    sample, config = getattr(args, "sample", False), Path(args.out) / "config.json"
+    if args.resume or sample:
         try:
             saved = dict(json.loads(config.read_text()))
         except (OSError, ValueError, TypeError) as reason:
@@ -65,22 +92,41 @@ def parse(description, flags, limits, recipes=None):
     for title, group in flags.items():
         for name in group:
             value, flag = getattr(args, name), "--" + name.replace("_", "-")
-            if args.resume and title not in ("sample", "run") and value != saved.get(name):
+            fixed = saved and title not in ("sample", "run") and not (sample and name in ("model", "seed"))
+            if fixed and value != saved.get(name):
                 fail(f"{flag} {value}: the run in {args.out} has {saved.get(name)}; leave it out, or start anew")
             for number in value if type(value) is list else [value]:
                 if type(number) in (int, float):
                     least, most = limits.get(name, (int(type(number) is int), 10**9))
                     if not least <= number <= most:
                         fail(f"{flag} {number} must be at least {least} and at most {most}")
-    args.command = saved.get("command", " ".join(["python", *sys.argv]))  # a resumed run keeps the one it began with
+    args.command = saved.get("command", shlex.join([*LAUNCH, *sys.argv[1:]]))  # a resumed run keeps its first one
     return args
 
 
-def folder(args, stem):
-    """The folder to write to: --out, or out/STEM-N with the first N that is free."""
+def setup(args, stem):
+    """The folder to write to, threads, device and ranks. Raises ValueError or RuntimeError for a device without use."""
+    import torch
     fresh = (Path("out") / f"{stem}-{i}" for i in range(1, 10**6))
-    return Path(args.out) if args.out else next(path for path in fresh if not path.exists())
+    args.out = Path(args.out) if args.out else next(path for path in fresh if not path.exists())
+    torch.set_num_threads(args.threads)
+    args.device_flag = args.device
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if RANKS > 1 and args.device.startswith("cuda"):
+        here, n = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if args.device != "cuda" or here > n:
+            raise ValueError(f"--device {args.device} for {here} ranks: use cuda, and at most a rank per GPU, here {n}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as reason:
+        raise ValueError(f"{str(reason).splitlines()[0]} (--device {args.device}: try --device cpu)") from reason
+    if RANKS > 1:
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
+
+# -------------------------------------------------------------------------------------------------------------- files
 
 def write(path, writer):
     """Write to a temporary name and move it into place. Raises OSError, the old file still whole."""
@@ -90,43 +136,58 @@ def write(path, writer):
         writer(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as reason:  # a full disk makes torch.save raise the second
+        raise OSError(f"{path} was not written, and what stood there before is whole: {reason}") from reason
+    finally:
         if temporary.exists():
             temporary.unlink()
-        raise OSError(f"{path} cannot be written, and what stood there before is whole: {reason}") from reason
+
+
+def load(path, *keys):
+    """The dict with these keys that torch.save wrote. Raises ValueError."""
+    import torch
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in keys}
+    except Exception as reason:  # whatever is wrong with a file, it is one line for the user
+        raise ValueError(f"{path} is no checkpoint to go on with: {reason!r}") from reason
 
 
 def fetch(name):
-    """The path of one of DOWNLOADS, brought to out/data if it is not there yet. Raises OSError."""
-    import hashlib
-    import shutil
-    from urllib.request import urlopen
-
+    """The path of one of DOWNLOADS, brought to out/data if it is not there; None for others. Raises ValueError."""
     from tqdm import tqdm
+    if name not in DOWNLOADS:
+        return None
     url, sha256 = DOWNLOADS[name]
     path = Path("out/data") / url.split("/")[-1]
+
+    def check(file, advice):
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if found != sha256:
+            raise OSError(f"it has sha256 {found}{advice}")
 
     def download(temporary):
         with urlopen(url, timeout=30) as source, temporary.open("wb") as file, tqdm.wrapattr(
                 file, "write", total=source.length, desc=path.name, disable=None) as counted:
             shutil.copyfileobj(source, counted)
-        found = hashlib.sha256(temporary.read_bytes()).hexdigest()
-        if found != sha256:
-            raise OSError(f"what came has sha256 {found}")
+        check(temporary, "")
     try:
-        if not path.exists():
+        if path.exists():
+            check(path, f": delete {path}")
+        else:
             write(path, download)
     except OSError as reason:
-        raise OSError(f"{reason}; fetch {url} (sha256 {sha256}) by other means, give its text to --data") from reason
+        raise ValueError(f"no {name} from {url} (sha256 {sha256}): {reason}; it can be fetched by other means, and "
+                         "given as --data FILE") from reason
     return path
 
 
 def write_config(args):
     """config.json, for the next parse."""
-    config = json.dumps(vars(args) | {"out": str(args.out), "resume": False}, indent=1)
+    config = json.dumps(vars(args) | {"out": str(args.out), "resume": False, "device": args.device_flag}, indent=1)
     write(args.out / "config.json", lambda path: path.write_text(config))
 
 
-def write_rows(path, rows):
+def write_csv(path, rows):
     """A table of comma-separated values."""
     lines = [",".join(f"{x:.5f}" if type(x) is float else str(x) for x in row) for row in rows]
     write(path, lambda path: path.write_text("\n".join(lines) + "\n"))
