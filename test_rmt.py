@@ -841,8 +841,8 @@ class TestScripts:
         readme, namespace = (ROOT / "README.md").read_text(), {}
         exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], namespace)
         assert namespace["logits"].shape == (1, 296, 256)
-        from assets.figures import tables
-        for line in tables():  # what it reports is what is recorded in assets/results
+        from assets.figures import language_tables, tables
+        for line in [*tables(), *language_tables()]:  # what it reports is what is recorded in assets/results
             assert line in readme
 
     def test_a_missed_target_is_exit_status_1(self, tmp_path):
@@ -1008,7 +1008,8 @@ class TestLanguage:
         assert run.returncode == 0, run.stderr
         for line in ("uniform  ", "unigram  ", "bigram  ", "gzip -9  ", "rmt  carried", "transformer  carried",
                      "rmt  reset", "rmt  of another stream", "parameters, state of 32 floats",
-                     "parameters, state of 0 floats", " characters per CPU second", "files in out/a-1", "18000 + 1000 + 1000 characters"):
+                     "parameters, state of 0 floats", " characters per CPU second", "files in out/a-1",
+                     "18000 + 1000 + 1000 characters"):
             assert line in re.sub("   +", "  ", run.stdout)
         again = run_train_lm(*TINY_LM, "--baseline", "none", cwd=folder)
         assert again.returncode == 0 and "files in out/a-2" in again.stdout  # a second run loses nothing

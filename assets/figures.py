@@ -78,6 +78,9 @@ TRIES = {
     "`--segments-per-step 1 --steps 3000`": {"segments_per_step": 1, "steps": 3000},
     "`--segments-per-step 4 --steps 750`": {"segments_per_step": 4, "steps": 750},
     "`--model mem_transformer`": {"model": "mem_transformer"}}
+OTHERS = {
+    "default": {}, "`--data shakespeare`": {"data": ["shakespeare"]},
+    "`--segment-len 64 --batch 16`": {"segment_len": 64, "batch": 16}, "`--steps 6000`, one seed": {"steps": 6000}}
 RECIPE = {"data": ["python"], "model": "rmt", "segment_len": 32, "cache_len": 32, "n_mem": 8, "memory_form": "raw",
           "write_slot": "embedding", "memory_noise": 0.0, "steps": 1500, "batch": 32, "segments_per_step": 2,
           "reset_every": 64, "bptt_depth": -1}
@@ -106,6 +109,12 @@ def language_tables():
             (), ("carried", slice(8)), ("carried", slice(8, None)), ("reset",), ("of another stream",))]
         seconds = spread([run["seconds"] for run in runs], 0)
         yield f"| {name} | {runs[0]['carried']['state_floats']} | {' | '.join(cells)} | {seconds} |"
+    names = ("`transformer`", "`transformer_xl`, C 4", "`rmt`, M 8", "`rmt_xl`, M 8, C 8")
+    yield f"| setting | {' | '.join(names)} |"
+    yield "|---|---|---|---|---|"
+    for setting, flags in OTHERS.items():
+        cells = [spread(runs) if runs else "" for runs in (bits(language(**LANGUAGE[name] | flags)) for name in names)]
+        yield f"| {setting} | {' | '.join(cells)} |"
     yield "| `--bptt-depth` | all | first 8 | the rest |"
     yield "|---|---|---|---|"
     for depth in range(4):

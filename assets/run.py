@@ -136,7 +136,8 @@ def write(path, writer):
         writer(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as reason:  # a full disk makes torch.save raise the second
-        raise OSError(f"{path} was not written, and what stood there before is whole: {reason}") from reason
+        whole = ", and what stood there before is whole" * path.exists()
+        raise OSError(f"{path} was not written{whole}: {reason}") from reason
     finally:
         if temporary.exists():
             temporary.unlink()
