@@ -1113,7 +1113,7 @@ class TestLanguage:
         assert run.returncode == 0, run.stderr
         before = (folder / "a" / "checkpoint.pt").read_bytes()
         limits = (len(before) // 2, len(before) // 2)  # no file may grow larger
-        full = run_train_lm(*TINY_LM, "--out", "b", cwd=folder,
+        full = run_train_lm(*TINY_LM, "--baseline", "none", "--out", "b", cwd=folder,
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
         assert full.returncode == 2 and len(full.stderr.strip().splitlines()) == 1
         assert "b/checkpoint.pt was not written, and what stood there before is whole" in full.stderr
