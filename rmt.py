@@ -149,8 +149,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, past: list | None = None) -> Tensor:
         """x (B, N, D), context (B, c + N, D), mask (N, c + N), True = may look, None = causal -> (B, N, D).
 
-        A list past, empty at a segment's start, gathers keys and values: x can be a part of the rows, the next call
-        gets those that follow, and columns of its mask are all keys so far.
+        With past, [] at the start of a segment and then [rows so far, their keys, their values], x can be a part of the
+        segment's rows: the next call gets those that follow and a mask (N, all keys so far), and past grows by them.
         """
         q, k, v = self.project(x, context, past)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -200,7 +200,7 @@ class Block(nn.Module):
         return ()
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
+        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry. For past see Attention.forward."""
         h = self.norm_1(x)
         return self.residual(x, h, h, mask, past), carry
 
@@ -280,7 +280,7 @@ class Transformer(nn.Module):
         return tuple(block.initial_carry(batch_size) for block in self.blocks)
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, *past: list) -> tuple[Tensor, tuple]:
-        """x (B, N, D), mask (N, C + N) or None, carry -> x (B, N, D) before the final norm, next carry."""
+        """x (B, N, D), mask (N, C + N) or None, carry, past per layer -> x (B, N, D) before the norm, next carry."""
         carries = []
         for i, (block, layer_carry) in enumerate(zip(self.blocks, carry, strict=True)):
             x, layer_carry = block(x, mask, layer_carry, *past[i:i + 1])
