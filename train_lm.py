@@ -181,7 +181,7 @@ def write_on(args, model, vocabulary, prompt):
     """Yield a prompt, or the first character, and then what the model writes after it, in bytes. Raises ValueError."""
     unknown, prompt = bytes(set(prompt) - set(vocabulary)), prompt or vocabulary[:1]
     if unknown:
-        raise ValueError(f"--prompt {prompt.decode()!r} has bytes that the training part has not: {unknown!r}")
+        raise ValueError(f"--prompt {prompt.decode(errors='replace')!r} has bytes that the training part has not: {unknown!r}")
     yield prompt
     tokens = torch.tensor([[vocabulary.index(byte) for byte in prompt]], device=args.device)
     new = stream(model.eval(), tokens, temperature=args.temperature, top_k=args.top_k or None,
@@ -316,8 +316,8 @@ def report(args, runs, text):
         for state, between in states.items():
             scores = results[name][state] = evaluate(args, run["model"], text.test, partial(between, run["model"]))
             bits = torch.tensor(scores["by_position"])
-            print(f"{name:17}{state:31}{scores['bpc']:7.3f}{bits[:quarter].mean():7.3f}{bits[quarter:].mean():7.3f}",
-                  flush=True)
+            first, rest = bits[:quarter].mean(), bits[quarter - len(bits):].mean()
+            print(f"{name:17}{state:31}{scores['bpc']:7.3f}{first:7.3f}{rest:7.3f}", flush=True)
             if not scores["state_floats"]:
                 break
     prompt = os.fsencode(args.prompt) or text.decode(text.test[:2 * args.segment_len])
