@@ -181,7 +181,7 @@ def write_on(args, model, vocabulary, prompt):
     """Yield a prompt, or the first character, and then what the model writes after it, in bytes. Raises ValueError."""
     unknown, prompt = bytes(set(prompt) - set(vocabulary)), prompt or vocabulary[:1]
     if unknown:
-        raise ValueError(f"--prompt {prompt.decode(errors='replace')!r} has bytes that the training part has not: {unknown!r}")
+        raise ValueError(f"--prompt {os.fsdecode(prompt)!r} has bytes that the training part has not: {unknown!r}")
     yield prompt
     tokens = torch.tensor([[vocabulary.index(byte) for byte in prompt]], device=args.device)
     new = stream(model.eval(), tokens, temperature=args.temperature, top_k=args.top_k or None,
