@@ -80,7 +80,7 @@ TRIES = {
     "`--model mem_transformer`": {"model": "mem_transformer"}}
 OTHERS = {
     "default": {}, "`--data shakespeare`": {"data": ["shakespeare"]},
-    "`--segment-len 64 --batch 16`": {"segment_len": 64, "batch": 16}, "`--steps 6000`, one seed": {"steps": 6000}}
+    "`--segment-len 64 --batch 16`": {"segment_len": 64, "batch": 16}, "`--steps 6000`": {"steps": 6000}}
 RECIPE = {"data": ["python"], "model": "rmt", "segment_len": 32, "cache_len": 32, "n_mem": 8, "memory_form": "raw",
           "write_slot": "embedding", "memory_noise": 0.0, "steps": 1500, "batch": 32, "segments_per_step": 2,
           "reset_every": 64, "bptt_depth": -1}
