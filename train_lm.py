@@ -221,7 +221,7 @@ def train(args, run, name, text, save):
     model, optimizer, states, stop = run["model"].train(), run["optimizer"], run["states"], []
     segments = Segments(args, model)
     if RANKS > 1:  # where no stream starts anew, the initial memory is not used
-        segments = DistributedDataParallel(segments, find_unused_parameters=True, broadcast_buffers=False)
+        segments = DistributedDataParallel(segments, find_unused_parameters=True)
     rows = streams(text.train, args.batch).chunk(RANKS)[RANK].to(args.device)
     width, clock = args.segments_per_step * args.segment_len, time.process_time if args.device == "cpu" else time.time
     default = signal.signal(signal.SIGINT, lambda *_: stop.append(RANKS > 1 or signal.signal(signal.SIGINT, default)))

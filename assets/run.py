@@ -37,6 +37,9 @@ def start(main, args):
     """Run main(args); end with one line where it is stopped or a file cannot be written."""
     try:
         main(args)
+        if RANKS > 1:  # an interpreter that shuts down can crash on what gloo's threads still hold
+            sys.stdout.flush()
+            os._exit(0)
     except BrokenPipeError:  # as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
