@@ -757,10 +757,28 @@ def steps_done(checkpoint, model="rmt"):
     return torch.load(checkpoint, weights_only=True)["runs"].get(model, {"step": 0})["step"]
 
 
+def stop(process, checkpoint, script, n_steps):
+    """Press Ctrl-C: the run finishes its step, saves, says how to go on. Returns the steps that it has done."""
+    wait_for(lambda: steps_done(checkpoint) >= 14, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"python {script} --resume --out parts" in out
+    stopped_at = steps_done(checkpoint)
+    assert 14 <= stopped_at < n_steps
+    return stopped_at
+
+
 def weights(folder):
     """Every tensor of the models in a checkpoint."""
     runs = torch.load(folder / "checkpoint.pt", weights_only=True)["runs"]
     return {f"{name}.{key}": t for name, run in runs.items() for key, t in run["model"].items()}
+
+
+def assert_same_weights(*folders):
+    """The models in two checkpoints are the same to the last bit."""
+    a, b = map(weights, folders)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class TestScripts:
@@ -856,13 +874,7 @@ class TestScripts:
         checkpoint = tmp_path / "parts" / "checkpoint.pt"
 
         process = run_train_copy(*flags, "--out", "parts", cwd=tmp_path, start=True)
-        wait_for(lambda: steps_done(checkpoint) >= 14, process)
-        process.send_signal(signal.SIGINT)  # Ctrl-C: finishes its step, saves, says how to go on
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and "Traceback" not in err
-        assert "python train_copy.py --resume --out parts" in out
-        stopped_at = steps_done(checkpoint)
-        assert 14 <= stopped_at < 120
+        stopped_at = stop(process, checkpoint, "train_copy.py", 120)
 
         process = run_train_copy("--resume", "--out", "parts", cwd=tmp_path, start=True)
         wait_for(lambda: steps_done(checkpoint) > stopped_at + 7, process)
@@ -873,8 +885,7 @@ class TestScripts:
         resumed = run_train_copy("--resume", "--out", "parts", cwd=tmp_path)
         assert resumed.returncode == 0, resumed.stderr
         assert (tmp_path / "parts" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
-        a, b = weights(tmp_path / "parts"), weights(tmp_path / "whole")
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
     def test_kill_during_a_save_leaves_a_whole_checkpoint(self, tmp_path):
         flags = [*TINY, "--steps", 100000, "--save-every", 1, "--out", "a"]
@@ -1060,13 +1071,7 @@ class TestLanguage:
         checkpoint = folder / "parts" / "checkpoint.pt"
 
         process = run_train_lm(*flags, "--out", "parts", cwd=folder, start=True)
-        wait_for(lambda: steps_done(checkpoint) >= 14, process)
-        process.send_signal(signal.SIGINT)  # Ctrl-C: finishes its step, saves, says how to go on
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and "Traceback" not in err
-        assert "python train_lm.py --resume --out parts" in out
-        stopped_at = steps_done(checkpoint)
-        assert 14 <= stopped_at < 90
+        stopped_at = stop(process, checkpoint, "train_lm.py", 90)
 
         for model, least in (("rmt", stopped_at + 7), ("transformer", 14)):
             process = run_train_lm("--resume", "--out", "parts", cwd=folder, start=True)
@@ -1081,8 +1086,7 @@ class TestLanguage:
                   for name in ("whole", "parts")]
         assert tables[0] == tables[1] and len(tables[0]) > 8
         assert (folder / "parts" / "sample.txt").read_bytes() == (folder / "whole" / "sample.txt").read_bytes()
-        a, b = weights(folder / "parts"), weights(folder / "whole")
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        assert_same_weights(folder / "parts", folder / "whole")
 
     def test_an_earlier_language_model_is_neither_overwritten_nor_mixed_up(self, folder):
         first = run_train_lm(*TINY_LM, "--baseline", "none", "--out", "a", cwd=folder)
@@ -1157,8 +1161,7 @@ class TestLanguage:
         assert alone.returncode == 2 and "the run in parts began on 2 ranks, not 1" in alone.stderr
         resumed = run_train_lm("--resume", "--out", "parts", cwd=folder, ranks=2)
         assert resumed.returncode == 0, resumed.stderr
-        a, b = weights(folder / "parts"), weights(folder / "whole")
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        assert_same_weights(folder / "parts", folder / "whole")
 
     def test_training_equals_a_loop_by_hand(self):
         """The state is carried from step to step, detached; every fifth step starts from the learned memory."""

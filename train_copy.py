@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from assets.run import fail, parse, setup, start, write, write_config, write_csv, write_report
+from assets.run import fail, load, parse, setup, start, write, write_config, write_csv, write_report
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -269,7 +269,7 @@ def save_runs(args, runs):
 
 def load_runs(args):
     """The runs of checkpoint.pt, ready to go on."""
-    saved, runs = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True), {}
+    saved, runs = load(args.out / "checkpoint.pt", "runs", "rng"), {}
     for name, state in saved["runs"].items():
         runs[name] = run = new_run(args, name)
         for key in ("model", "optimizer"):

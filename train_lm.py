@@ -392,8 +392,6 @@ def main(args):
         train(args, run, name, text, lambda: save_runs(args, runs, text))
     if RANK == 0:
         report(args, runs, text)
-    if RANKS > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def start(main, args):
     try:
         main(args)
         if RANKS > 1:  # an interpreter that shuts down can crash on what gloo's threads still hold
+            import torch
+            torch.distributed.destroy_process_group()
             sys.stdout.flush()
             os._exit(0)
     except BrokenPipeError:  # as in `... | head`
@@ -202,7 +204,7 @@ def write_report(args, results, figures):
     import torch
     for name, figure in figures.items():
         write(args.out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=100))
-    gpu = torch.cuda.get_device_name() if args.device.startswith("cuda") else ""
+    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else ""
     result = {"command": args.command, "seed": args.seed, "date": time.strftime("%Y-%m-%d"),
               "versions": f"python {platform.python_version()}, torch {torch.__version__}",
               "hardware": gpu or f"{args.device} on {platform.machine()}, threads: {args.threads}",
