@@ -37,14 +37,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
 # -------------------------------------------------------------------------------------------------- 1. config and state
@@ -68,6 +71,9 @@ class Config:
     d_model: int = 64            # D
     n_mem: int = 8               # M, memory tokens
     cache_len: int = 32          # C, cached positions per layer
+    d_assoc: int = 16            # width of associative keys before dpfp; after it K = 2 nu d_assoc
+    nu: int = 3                  # how many products dpfp makes of every channel
+    update: str = "delta"        # of the associative memory; "armt": the paper's; "hebbian": adds, never rewrites
     memory_form: str = "norm"    # handed on: written rows after the final norm [RMT], or "raw", the residual stream
     write_slot: str = "memory"   # fed to the write rows: the incoming memory [RMT], an "embedding", or "both" added up
     memory_mask: str = "paper"   # a memory block sees itself both ways; "causal": it does not, fast kernels on a GPU
@@ -76,13 +82,15 @@ class Config:
     tie_weights: bool = False    # one matrix for embedding and head
 
     def __post_init__(self):
-        for name in ("vocab_size", "segment_len", "n_layer", "n_head", "d_model", "n_mem", "cache_len"):
-            value, least = getattr(self, name), 0 if name in ("n_mem", "cache_len") else 1
+        for name, least in {"vocab_size": 1, "segment_len": 1, "n_layer": 1, "n_head": 1, "d_model": 1, "n_mem": 0,
+                            "cache_len": 0, "d_assoc": 1, "nu": 1}.items():
+            value = getattr(self, name)
             require(type(value) is int and value >= least, f"{name}={value!r} must be an integer of at least {least}")
+        require(self.nu < 2 * self.d_assoc, f"nu={self.nu} must be below 2 * d_assoc={2 * self.d_assoc}")
         D, pairs = self.d_model, 2 * self.n_head  # rotary positions turn pairs of channels in every head
         require(D % pairs == 0, f"d_model={D} must be divisible by 2 * n_head={pairs}")
         for name, choices in (("memory_form", ("norm", "raw")), ("write_slot", ("memory", "embedding", "both")),
-                              ("memory_mask", ("paper", "causal"))):
+                              ("memory_mask", ("paper", "causal")), ("update", ("delta", "armt", "hebbian"))):
             value = getattr(self, name)
             require(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
         for name, end in (("dropout", 1), ("memory_noise", math.inf)):
@@ -131,6 +139,29 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+class Linear(nn.Linear):
+    """nn.Linear, or those of l layers at once: x (l B, n, in), weight (l, out, in), bias (l, out); unroll_diagonal."""
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x, weight, bias=None):
+    """x (B, n, in) -> (B, n, out), see Linear."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    y = x.reshape(len(weight), -1, x.size(-1)) @ weight.mT
+    return (y if bias is None else y + bias[:, None]).view(*x.shape[:2], -1)
+
+
+class Norm(nn.LayerNorm):
+    """nn.LayerNorm without bias, or those of l layers at once: x (l B, n, D), weight (l, D)."""
+    def forward(self, x):
+        if self.weight.dim() == 1:
+            return super().forward(x)
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps).unflatten(0, (len(self.weight), -1))
+        return (y * self.weight[:, None, None]).flatten(0, 1)
+
+
 class Attention(nn.Module):
     """Multi-head attention of rows x = [read | tokens | write] to context = [read | cache | tokens | write].
 
@@ -141,8 +172,8 @@ class Attention(nn.Module):
     def __init__(self, config: Config, n_read: int = 0, n_cache: int = 0):
         super().__init__()
         self.n_head, self.n_read, self.n_cache = config.n_head, n_read, n_cache
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out = Linear(config.d_model, config.d_model, bias=False)
         n_position = n_cache + config.segment_len + 2 * config.n_mem
         self.register_buffer("rope", rope_table(n_position, config.d_model // config.n_head), persistent=False)
 
@@ -162,8 +193,8 @@ class Attention(nn.Module):
         if c == 0:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
-            w_q, w_kv = self.qkv.weight.tensor_split([x.size(2)])
-            q, (k, v) = F.linear(x, w_q), F.linear(context, w_kv).chunk(2, dim=-1)
+            w_q, w_kv = self.qkv.weight.tensor_split([x.size(2)], dim=-2)
+            q, (k, v) = linear(x, w_q), linear(context, w_kv).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
         q, k = rotate(q, self.angles(n, 0, done)), rotate(k, self.angles(n, c, done))
         if past is not None:
@@ -190,9 +221,9 @@ class Block(nn.Module):
     def __init__(self, config: Config, n_read: int = 0, n_write: int = 0, n_cache: int = 0):
         super().__init__()
         D, self.n_read, self.n_write, self.n_cache = config.d_model, n_read, n_write, n_cache
-        self.norm_1, self.norm_2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.norm_1, self.norm_2 = Norm(D, bias=False), Norm(D, bias=False)
         self.attn = Attention(config, n_read, n_cache)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D, bias=False), nn.GELU(), nn.Linear(4 * D, D, bias=False))
+        self.mlp = nn.Sequential(Linear(D, 4 * D, bias=False), nn.GELU(), Linear(4 * D, D, bias=False))
         self.dropout = nn.Dropout(config.dropout)
 
     def initial_carry(self, batch_size: int) -> tuple:
@@ -212,6 +243,8 @@ class Block(nn.Module):
 
 # -------------------------------------------------------------------------------------------- 3. what a layer can carry
 # In: x, mask and the layer's carry. Out: x and the next carry.
+
+EPS = 1e-5  # where an associative memory divides
 
 class CacheBlock(Block):
     """Tokens also see this layer's inputs for the tokens before the segment, gradient stopped [TXL].
@@ -237,6 +270,66 @@ class CacheBlock(Block):
         n_stale = max(0, cache.size(1) + tokens.size(1) - self.n_cache)
         cache = torch.cat([cache[:, n_stale:], tokens[:, -self.n_cache:]], dim=1).detach()
         return self.residual(x, h, context, mask, past), (cache,)
+
+
+def dpfp(x: Tensor, nu: int) -> Tensor:
+    """Deterministic parameter-free projection, x (..., d) -> (..., 2 nu d), nowhere negative [ARMT] sec. 2."""
+    r = torch.cat([x.relu(), (-x).relu()], dim=-1)
+    return torch.cat([r * r.roll(j, -1) for j in range(1, nu + 1)], dim=-1)
+
+
+class AssociativeBlock(Block):
+    """All rows h first read a matrix A of the layer's own; what comes out at the write rows m is written to it [ARMT].
+
+        read    h += A phi(W_q h) / (z . phi(W_q h) + eps)                        phi = dpfp, K channels
+        write   k = phi(W_k m)    v = W_v m    beta = sigmoid(W_b m + b)          of each write row
+                v_old = A k / (z . k + eps)                                       what A says so far
+                gamma = clip(1 - (z . k + eps) / (|k|^2 + eps), 0, 1)             how new k is; no gradient
+                A += sum of beta (v - v_old) k^T    z += sum of gamma k           over the write rows
+
+    That is update "armt". In "delta" phi has unit length and there is no z: h += A phi(W_q h), v_old = A k.
+    "hebbian" is delta with v_old = 0. The carry is (A, z) or (A,): A (B, D, K), z (B, K), float32 even under autocast.
+    """
+
+    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
+        super().__init__(config, n_read, n_write)
+        D, d, self.nu, self.update = config.d_model, config.d_assoc, config.nu, config.update
+        self.w_q, self.w_k, self.w_v = (Linear(D, width, bias=False) for width in (d, d, D))
+        self.w_b = Linear(D, 1)
+
+    def initial_carry(self, batch_size: int) -> tuple:
+        """An empty memory: every read is zero."""
+        (d, D), weight = self.w_q.weight.shape, self.w_q.weight
+        A = weight.new_zeros(batch_size, D, 2 * self.nu * d, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return (A, torch.zeros_like(A[:, 0])) if self.update == "armt" else (A,)
+
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
+        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
+        x = x + self.recall(self.phi(self.w_q(x), carry), *carry).to(x.dtype)
+        x, _ = super().forward(x, mask, (), past)
+        return x, self.write(x[:, x.size(1) - self.n_write:], *carry) if past is None else carry
+
+    def phi(self, x, carry):
+        """The features by which A is looked up, x (B, n, d_assoc) -> (B, n, K)."""
+        phi = dpfp(x.to(carry[0].dtype), self.nu)
+        return phi if self.update == "armt" else phi / (phi.norm(dim=-1, keepdim=True) + EPS)
+
+    def recall(self, phi, A, z=None):
+        """What A says of phi (B, n, K): (B, n, D)."""
+        with torch.autocast(phi.device.type, enabled=False):
+            value = phi @ A.mT
+            return value if z is None else value / (phi @ z[..., None] + EPS)
+
+    def write(self, m, A, z=None):
+        """The carry after the write rows m (B, M, D), all of which correct the same old A."""
+        k, v = self.phi(self.w_k(m), (A,)), self.w_v(m).to(A.dtype)
+        new = v if self.update == "hebbian" else v - self.recall(k, A, z)
+        with torch.autocast(m.device.type, enabled=False):
+            A = torch.baddbmm(A, (self.w_b(m).to(A.dtype).sigmoid() * new).mT, k)
+            if z is None:
+                return (A,)
+            gamma = (1 - (k @ z[..., None] + EPS) / (k.square().sum(-1, keepdim=True) + EPS)).clamp(0, 1).detach()
+            return A, z + (gamma * k).sum(dim=1)
 
 
 # --------------------------------------------------------------------------------------------------------- 4. the model
@@ -295,15 +388,16 @@ class Variant(NamedTuple):
     write: bool      # memory tokens after the segment
     recurrent: bool  # is the output at the write rows (without them: the read rows) the next segment's memory?
     block: type      # what a layer carries
-    full: bool       # an encoder, in which all rows see each other
+    mask: str        # its paper's, a form of segment_mask; where that is "paper", Config.memory_mask can change it
 
-VARIANTS = {             #     read   write  recurrent  block    full     floats per sequence that cross a boundary
-    "transformer":     Variant(False, False, False, Block,       False),  # 0
-    "mem_transformer": Variant(True,  False, False, Block,       False),  # 0            [MT], as a decoder
-    "transformer_xl":  Variant(False, False, False, CacheBlock,  False),  # L C D        [TXL]
-    "rmt":             Variant(True,  True,  True,  Block,       False),  # M D          [RMT] sec. 3
-    "rmt_xl":          Variant(True,  True,  True,  CacheBlock,  False),  # M D + L C D  [RMT] sec. 3
-    "rmt_encoder":     Variant(True,  False, True,  Block,       True),   # M D          [RMT-1M]
+VARIANTS = {             #     read   write  recurrent  block       mask      floats per sequence that cross a boundary
+    "transformer":     Variant(False, False, False, Block,            "causal"),  # 0
+    "mem_transformer": Variant(True,  False, False, Block,            "paper"),   # 0            [MT], as a decoder
+    "transformer_xl":  Variant(False, False, False, CacheBlock,       "causal"),  # L C D        [TXL]
+    "rmt":             Variant(True,  True,  True,  Block,            "paper"),   # M D          [RMT] sec. 3
+    "rmt_xl":          Variant(True,  True,  True,  CacheBlock,       "paper"),   # M D + L C D  [RMT] sec. 3
+    "rmt_encoder":     Variant(True,  False, True,  Block,            "full"),    # M D          [RMT-1M]
+    "armt":            Variant(False, True,  False, AssociativeBlock, "causal"),  # L K D  + L K for z [ARMT]
 }
 
 
@@ -339,19 +433,20 @@ class RMT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if config.tie_weights:
             self.head.weight = self.embed.weight
-        self.form = map_tensors(form, self.initial_state(1))
+        self.form = map_tensors(self.fixed, self.initial_state(1))
         self.init_weights(keep)
 
     @torch.no_grad()
     def init_weights(self, keep: tuple = ()):
-        """Draw all matrices but those whose names begin with one of keep; the norms start at 1."""
+        """Draw all matrices but those whose names begin with one of keep; norms start at 1, biases as PyTorch's."""
         matrices = [(name, p) for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith(keep)]
         for name, weight in matrices:
             std = 0.7 / math.sqrt(weight.size(1))                     # Linear: by fan-in; GPT-2's 0.02 is slow to learn
             residual = std / math.sqrt(2 * self.config.n_layer)       # Linear that ends a residual branch
             table = {"memory": 0.02, "write_embedding": 0.02,         # independent rows: memory tokens must differ
                      "embed.weight": std if self.config.tie_weights else 0.5,
-                     "attn.out.weight": residual, "mlp.2.weight": residual}
+                     "attn.out.weight": residual, "mlp.2.weight": residual,
+                     "w_v.weight": 0.0}                               # [ARMT]: untrained, the layer is a plain one
             weight.normal_(std=table.get(re.sub(r"^backbone\.blocks\.\d+\.", "", name), std))
 
     def initial_state(self, batch_size: int) -> State:
@@ -362,7 +457,7 @@ class RMT(nn.Module):
     def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """One segment: tokens (B, T or fewer), state -> logits (B, T, V), next state. Raises what check raises."""
         check(self, tokens, state)
-        mask = self.mask(tokens.size(1), state.carry[0][0].size(1) if self.n_cache else 0)
+        mask = self.mask(tokens.size(1), self.cached(state))
         x, carry = self.backbone(self.wrap(tokens, state.memory), mask, state.carry)
         logits, memory = self.unwrap(x, state.memory)
         return logits, State(memory, carry)
@@ -394,18 +489,20 @@ class RMT(nn.Module):
             memory = memory + size * torch.randn_like(memory) * memory.detach().square().mean(-1, keepdim=True).sqrt()
         return memory
 
+    def cached(self, state):
+        """How many positions the caches of a state hold."""
+        return state.carry[0][0].size(1) if self.n_cache else 0
+
     def mask(self, n_tokens, n_cache):
         """The segment's mask, or None where it is plain causal, which fast GPU kernels know."""
-        form = "full" if self.variant.full else self.config.memory_mask
-        if form != "full" and n_cache == 0 and (form == "causal" or self.n_read + self.n_write == 0):
+        form = self.config.memory_mask if self.variant.mask == "paper" else self.variant.mask
+        if form == "causal" and n_cache == 0:
             return None
         return segment_mask(self.n_read, n_cache, n_tokens, self.n_write, form, self.memory.device)
 
-
-
-def form(t):
-    """What stays the same of a state's tensor in every segment and batch: its rank and its width."""
-    return t.dim(), *t.shape[1:][-1:]
+    def fixed(self, t):
+        """What of the shape of a state's tensor is the same in every segment and batch: not the length of a cache."""
+        return t.dim(), *t.shape[2 if self.n_cache else 1:]
 
 
 def check(model, tokens, state=None):
@@ -424,7 +521,7 @@ def check(model, tokens, state=None):
                 "give long sequences to unroll(model, tokens)")
         require(isinstance(state, State), f"state is a {type(state).__name__} and must be a State: start from "
                 "model.initial_state(batch_size), or wrap what you loaded, State(*loaded)", TypeError)
-        fits = (map_tensors(form, state) == model.form and all(len(t) == B for t in tensors(state))
+        fits = (map_tensors(model.fixed, state) == model.form and all(len(t) == B for t in tensors(state))
                 and state.memory.size(1) == len(model.memory) * model.variant.recurrent)
         cached = {t.size(1) for t in tensors(state.carry)} if fits and model.n_cache else {0}
         fits = fits and len(cached) == 1 and max(cached) <= model.n_cache
@@ -453,18 +550,76 @@ def unroll(model, tokens: Tensor, state: State | None = None, bptt_depth: int | 
     Raises ValueError or TypeError for tokens, a state or a depth that do not fit.
     """
     check(model, tokens)
+    outputs = deque(maxlen=1 if last_only else None)
+    state = model.initial_state(len(tokens)) if state is None else state
+    segments = tokens.split(model.config.segment_len, dim=1)
+    for segment, cut in zip(segments, cuts(len(segments), bptt_depth), strict=True):
+        if cut:
+            state = state.detach()
+        logits, state = recompute(model, segment, state, use_reentrant=False) if checkpoint else model(segment, state)
+        outputs.append(logits)
+    return torch.cat(tuple(outputs), dim=1), state
+
+
+def cuts(n_segments, bptt_depth):
+    """Before which segments gradient stops: never before the first, or the learned initial memory would not learn."""
     require(bptt_depth is None or (type(bptt_depth) is int and bptt_depth >= 0),
             f"bptt_depth={bptt_depth!r} must be None (gradient crosses all boundaries) or an integer of at least 0")
-    state = model.initial_state(tokens.size(0)) if state is None else state
-    T, outputs = model.config.segment_len, []
-    n_segments = -(-tokens.size(1) // T)
-    for s in range(n_segments):
-        if bptt_depth is not None and s > 0 and (n_segments - s) % (bptt_depth + 1) == 0:
-            state = state.detach()  # never at s = 0, or the learned initial memory would not learn
-        segment = tokens[:, s * T:(s + 1) * T]
-        logits, state = recompute(model, segment, state, use_reentrant=False) if checkpoint else model(segment, state)
-        outputs = [logits] if last_only else [*outputs, logits]
-    return torch.cat(outputs, dim=1), state
+    return [bptt_depth is not None and s > 0 and (n_segments - s) % (bptt_depth + 1) == 0 for s in range(n_segments)]
+
+
+def unroll_diagonal(model, tokens: Tensor, state: State | None = None, bptt_depth: int | None = None,
+                    checkpoint: bool = False, last_only: bool = False) -> tuple[Tensor, State]:
+    """`unroll` in S + L - 1 steps instead of S L, the same but for rounding and the random numbers of dropout [DB].
+
+    Segment s in layer l needs the rows of (s, l - 1) and the carry of (s - 1, l), no more. So all of one s + l run at
+    once, side by side in the batch axis, through one layer that has the stacked weights of all of them:
+
+                     s = 0   1   2   3   4
+            layer 0      0   1   2   3   4
+            layer 1      1   2   3   4   5       the step in which each of them runs
+            layer 2      2   3   4   5   6
+
+    Segments of another shape run on their own: the first, until a cache is full, and a short last one.
+    Raises what unroll raises, and ValueError where state does not stay inside its layer.
+    """
+    require(not model.variant.recurrent, f"the memory of {model.config.variant!r} goes from a segment's last layer to "
+            "the next one's first layer, so that no two segments can run side by side: use unroll")
+    require(isinstance(model.backbone, Transformer), "unroll_diagonal runs the layers of rmt.Transformer side by side, "
+            f"and a {type(model.backbone).__name__} may have none: use unroll")
+    check(model, tokens)
+    state = model.initial_state(len(tokens)) if state is None else state
+    segments, blocks, T = tokens.split(model.config.segment_len, dim=1), model.backbone.blocks, model.config.segment_len
+    check(model, segments[0], state)
+    cut, L, first = cuts(len(segments), bptt_depth), len(blocks), -(-(model.n_cache - model.cached(state)) // T)
+    S, outputs = max(0, tokens.size(1) // T - first), deque(maxlen=1 if last_only else None)
+    for segment in segments[:first]:
+        logits, state = model(segment, state)
+        outputs.append(logits)
+
+    stacked = {name: torch.stack([b.get_parameter(name) for b in blocks]) for name, _ in blocks[0].named_parameters()}
+    run = partial(recompute, functional_call, use_reentrant=False) if checkpoint else functional_call
+    mask, x, carry = model.mask(T, model.n_cache), [None] * (L + 1), list(state.carry)  # x, carry: a layer's next input
+    for step in range(S + L - 1 if S else 0):
+        busy = range(max(0, step - S + 1), min(L, step + 1))  # layers
+        if step < S:
+            x[0] = model.wrap(segments[first + step], state.memory)
+        if step < L or step >= S:
+            weights = {name: weight[busy.start:busy.stop] for name, weight in stacked.items()}
+        for l in busy:
+            carry[l] = map_tensors(torch.detach, carry[l]) if cut[first + step - l] else carry[l]
+        rows, *carries = [torch.cat(parts) for parts in zip(*((x[l], *carry[l]) for l in busy), strict=True)]
+        rows, carries = run(blocks[0], weights, (rows, mask, tuple(carries)))
+        for l, *parts in zip(busy, *(t.split(len(tokens)) for t in (rows, *carries)), strict=True):
+            x[l + 1], carry[l] = parts[0], tuple(parts[1:])
+        if busy.stop == L:
+            outputs.append(model.unwrap(x[L], state.memory)[0])
+
+    state = State(state.memory, tuple(carry))
+    for segment in segments[first + S:]:
+        logits, state = model(segment, state.detach() if cut[-1] else state)
+        outputs.append(logits)
+    return torch.cat(tuple(outputs), dim=1), state
 
 
 @torch.no_grad()
@@ -478,7 +633,8 @@ def stream(model, tokens: Tensor, state: State | None = None, temperature: float
     asked for, for bad arguments and for a variant in which tokens see their own future.
     """
     check(model, tokens)
-    require(not model.variant.full, f"{model.config.variant!r} sees whole segments and cannot generate: use 'rmt'")
+    require(model.variant.mask != "full",
+            f"{model.config.variant!r} sees whole segments and cannot generate: use 'rmt'")
     require(type(temperature) in (int, float) and (temperature == 0 or 1e-4 <= temperature < math.inf),
             f"temperature={temperature!r} must be 0 (the most likely token) or a finite number from 1e-4 up")
     require(top_k is None or (type(top_k) is int and top_k > 0), f"top_k={top_k!r} must be None or an integer above 0")
@@ -503,7 +659,7 @@ def stream(model, tokens: Tensor, state: State | None = None, temperature: float
 
 def extend(model, segment, state, past):
     """Logits (B, V) after the last token of the segment so far; past, a list per layer, gains the rows it lacks."""
-    n_cached = state.carry[0][0].size(1) if model.n_cache else 0
+    n_cached = model.cached(state)
     rows = slice(past[0][0] if past[0] else 0, model.n_read + segment.size(1))
     mask = torch.ones(1, n_cached + rows.stop, dtype=torch.bool, device=segment.device)  # a new token sees all so far
     if rows.start == 0:

@@ -30,15 +30,30 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rmt
-from rmt import RMT, VARIANTS, Attention, Config, State, attention_maps, generate, segment_mask, tensors, unroll
+from assets import tasks
+from rmt import (
+    RMT,
+    VARIANTS,
+    AssociativeBlock,
+    Attention,
+    Config,
+    State,
+    attention_maps,
+    generate,
+    map_tensors,
+    segment_mask,
+    tensors,
+    unroll,
+    unroll_diagonal,
+)
 
-SIZES = {"V": 11, "T": 4, "L": 2, "H": 2, "D": 16, "M": 3, "C": 5}
-V, T, L, H, D, M, C = SIZES.values()
+SIZES = {"V": 11, "T": 4, "L": 2, "H": 2, "D": 16, "M": 3, "C": 5, "K": 2 * 3 * 4}
+V, T, L, H, D, M, C, K = SIZES.values()
 ROOT = Path(rmt.__file__).resolve().parent
 SOURCE = Path(rmt.__file__).read_text()
 PUBLISHED = list(VARIANTS)
 # A row of our own, in which a layer with a cache has read rows and no write rows: the two cannot be mistaken.
-VARIANTS["mem_transformer_xl"] = rmt.Variant(read=True, write=False, recurrent=False, block=rmt.CacheBlock, full=False)
+VARIANTS["mem_transformer_xl"] = VARIANTS["transformer_xl"]._replace(read=True, mask="paper")
 
 
 class Recurrent(nn.Module):
@@ -64,10 +79,12 @@ class Recurrent(nn.Module):
 
 ROWS = VARIANTS | {f"{name} around a GRU": row._replace(block=Recurrent)
                    for name, row in VARIANTS.items() if row.block is rmt.Block}
-CAUSAL = [name for name, row in ROWS.items() if not row.full]
+ROWS |= {f"armt by {update}": VARIANTS["armt"] for update in ("armt", "hebbian")}  # beside the default, delta
+CAUSAL = [name for name, row in ROWS.items() if row.mask != "full"]
 RECURRENT = [name for name, row in ROWS.items() if row.recurrent]
 READING = [name for name, row in VARIANTS.items() if row.read]
 CACHED = [name for name, row in VARIANTS.items() if row.block is rmt.CacheBlock]
+DIAGONAL = [name for name, row in ROWS.items() if not row.recurrent and row.block is not Recurrent]
 CROSSED = [name for name, row in ROWS.items() if row.recurrent or row.block not in (rmt.Block, rmt.CacheBlock)]
 
 
@@ -88,13 +105,17 @@ def build(variant="rmt", **changes):
     """A small model in eval mode, the same for the same arguments, in which memory and attention matter."""
     torch.manual_seed(0)
     config = {"variant": variant.split()[0], "vocab_size": V, "segment_len": T, "n_layer": L, "n_head": H, "d_model": D,
-              "n_mem": M, "cache_len": C}
+              "n_mem": M, "cache_len": C, "d_assoc": 4}
+    if " by " in variant:
+        config["update"] = variant.split()[-1]
     model = RMT(Config(**config | changes), Recurrent() if variant.endswith("GRU") else None).eval()
     with torch.no_grad():
         model.memory.normal_()
         model.write_embedding.normal_()
-        for weight in model.backbone.parameters():
+        for name, weight in model.backbone.named_parameters():
             weight.mul_(1 + torch.rand_like(weight))
+            if name.endswith("w_v.weight"):  # they start at zero
+                weight.normal_(std=0.02)
     return model
 
 
@@ -188,7 +209,7 @@ class TestEquivalence:
 
     @variants([name for name in READING if VARIANTS[name].block in (rmt.Block, rmt.CacheBlock)])
     def test_memory_hidden_from_the_tokens_leaves_the_model_without_memory(self, variant, monkeypatch):
-        row = VARIANTS[variant]._replace(read=False, write=False, recurrent=False, full=False)
+        row = VARIANTS[variant]._replace(read=False, write=False, recurrent=False, mask="causal")
         monkeypatch.setitem(VARIANTS, "memoryless", row)
         model, memoryless, tokens = build(variant), build("memoryless"), text(11)
         memoryless.load_state_dict(model.state_dict() | {"memory": torch.empty(0, D)})
@@ -232,6 +253,67 @@ class TestEquivalence:
             loss_of(logits, tokens).backward()
             results.append([logits.detach(), *tensors(state.detach()), *gradients_of(model)])
         assert_close(*results)
+
+    @variants(DIAGONAL)
+    @pytest.mark.parametrize("n_layer", [1, 3])
+    @pytest.mark.parametrize("length", [T, T - 1, 2 * T, 3 * T + 1, 7 * T])
+    def test_diagonals_equal_the_loop_over_segments(self, variant, n_layer, length):
+        """The released code is exact for one sequence, with the bias of the last layer for all layers."""
+        model, tokens = build(variant, n_layer=n_layer), text(length)
+        _, before = unroll(model, text(T + 1, seed=1))
+        for state, bptt_depth in ((None, None), (before, None), (before, 0), (before, 1), (None, 2)):
+            results = []
+            for run in (unroll, unroll_diagonal):
+                given = state and map_tensors(lambda t: t.detach().requires_grad_(), state)
+                logits, end = run(model, tokens, given, bptt_depth)
+                (loss_of(logits, tokens) + sum(t.sin().sum() for t in tensors(end))).backward()
+                given = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors(given or ())]
+                results.append([logits.detach(), *tensors(end.detach()), *given, *gradients_of(model)])
+            assert_close(*results, tolerance=1e-10)
+
+    @variants(DIAGONAL)
+    def test_diagonals_equal_the_loop_in_float32_whatever_the_options_and_mixed_with_it(self, variant):
+        torch.set_default_dtype(torch.float32)
+        model, tokens, results = build(variant), text(50, batch_size=3), []
+        for first, second in ((unroll, unroll), (unroll_diagonal, unroll), (unroll, unroll_diagonal)):
+            for options in ({}, {"checkpoint": True}, {"last_only": True}):
+                logits, state = first(model, tokens[:, :4 * T], **options)
+                more_logits, state = second(model, tokens[:, 4 * T:], state, **options)
+                F.cross_entropy(more_logits[:, -2:].flatten(0, 1), tokens[:, -2:].flatten()).backward()
+                results.append([logits[:, -T:].detach(), more_logits[:, -2:].detach(), *tensors(state.detach()),
+                                *gradients_of(model)])
+                assert options != {"last_only": True} or (logits.size(1), more_logits.size(1)) == (T, 2)
+        for result in results[1:]:
+            assert_close(result, results[0], tolerance=1e-4)
+
+    @variants([name for name in DIAGONAL if name not in CACHED])
+    @pytest.mark.parametrize("n_segments, n_layer", [(1, 3), (2, 4), (3, 3), (6, 2), (5, 1)])
+    def test_every_segment_meets_every_layer_once_in_s_plus_l_minus_1_steps(self, variant, n_segments, n_layer):
+        model, tokens, steps = build(variant, n_layer=n_layer), text(n_segments * T), []
+        blocks = list(model.backbone.blocks)
+        with calls(*blocks) as cells:  # in the order of the loop
+            unroll(model, tokens)
+        hook = blocks[0].norm_1.register_forward_hook(lambda norm, *_: steps.append(norm.weight.detach()))
+        with calls(blocks[0]) as diagonals:
+            unroll_diagonal(model, tokens)
+        hook.remove()
+        assert len(diagonals) == n_segments + n_layer - 1
+        for step, (((x, *_), _), norms) in enumerate(zip(diagonals, steps, strict=True)):
+            expected = [(step - layer, layer) for layer in range(n_layer) if 0 <= step - layer < n_segments]
+            for rows, norm, (s, layer) in zip(x.split(len(tokens)), norms, expected, strict=True):
+                assert_close(rows, cells[s * n_layer + layer][0][0])
+                assert torch.equal(norm, blocks[layer].norm_1.weight)
+
+    @variants([name for name in DIAGONAL if VARIANTS[name.split()[0]].block is AssociativeBlock])
+    def test_untrained_associative_memory_leaves_the_plain_model(self, variant):
+        torch.manual_seed(0)
+        model = RMT(replace(build(variant).config, n_layer=3))
+        plain = RMT(replace(model.config, variant="transformer"))
+        plain.load_state_dict(model.state_dict() | {"memory": plain.memory}, strict=False)
+        tokens = text(5 * T)
+        _, state = unroll(model, tokens)
+        assert_close(unroll(model, tokens)[0], unroll(plain, tokens)[0])
+        assert not any(carry[0].any() for carry in state.carry)
 
     @variants(ROWS)
     def test_sequences_of_a_batch_do_not_touch(self, variant):
@@ -349,6 +431,68 @@ PICTURES = {  # rows look, columns are seen: read, cache, tokens, write
 }
 
 
+@pytest.fixture
+def cell():
+    """A function that makes an AssociativeBlock whose write row is [key | value], cut out by W_k and W_v; beta = 1."""
+    def make(update, d_assoc=4, n_value=D - 4):
+        config = Config("armt", d_model=d_assoc + n_value, n_head=1, d_assoc=d_assoc, n_mem=1, update=update)
+        block = AssociativeBlock(config, n_write=1)
+        identity = torch.eye(d_assoc + n_value)
+        with torch.no_grad():
+            block.w_k.weight.copy_(identity[:d_assoc])
+            block.w_q.weight.copy_(identity[:d_assoc])
+            block.w_v.weight.copy_(identity.roll(d_assoc, 1))  # the value comes first
+            block.w_b.weight.zero_()
+            block.w_b.bias.fill_(50)
+        return block
+    return make
+
+
+def written(block, keys, values, carry=None):
+    """The carry after one write per step: keys (steps, d_assoc), values (steps, n_value)."""
+    carry = block.initial_carry(1) if carry is None else carry
+    for key, value in zip(keys, values, strict=True):
+        carry = block.write(torch.cat([key, value])[None, None], *carry)
+    return carry
+
+
+def read(block, keys, carry):
+    """What the memory says of keys (n, d_assoc): (n, n_value)."""
+    d_assoc = keys.size(1)
+    rows = F.pad(keys, (0, block.w_v.weight.size(1) - d_assoc))[None]
+    return block.recall(block.phi(block.w_q(rows), carry), *carry)[0, :, :-d_assoc]
+
+
+def associative_in_loops(block, x, carry):
+    """One associative layer as papers.md has it, one row and one sum at a time: what is read, and the next carry."""
+    d, nu, update, eps = block.w_q.weight.size(0), block.nu, block.update, 1e-5
+
+    def phi(row):
+        r = [row[i % (2 * d)].clamp(min=0) if i % (2 * d) < d else (-row[i % (2 * d) - d]).clamp(min=0)
+             for i in range(2 * d)]
+        products = torch.stack([r[i] * r[(i - j) % (2 * d)] for j in range(1, nu + 1) for i in range(2 * d)])
+        return products if update == "armt" else products / (products.square().sum().sqrt() + eps)
+
+    def recall(k, A, z):
+        value = torch.stack([sum(A[i, j] * k[j] for j in range(len(k))) for i in range(len(A))])
+        return value / (sum(z[j] * k[j] for j in range(len(k))) + eps) if update == "armt" else value
+
+    reads, carries = [], []
+    for b in range(len(x)):
+        A, z = carry[0][b], carry[1][b] if update == "armt" else None
+        reads.append(torch.stack([recall(phi(block.w_q.weight @ row), A, z) for row in x[b]]))
+        new_A, new_z = A.clone(), z
+        for m in x[b, -block.n_write:]:
+            k, v = phi(block.w_k.weight @ m), block.w_v.weight @ m
+            beta = 1 / (1 + (-(block.w_b.weight[0] @ m + block.w_b.bias[0])).exp())
+            new_A = new_A + torch.outer(beta * (v if update == "hebbian" else v - recall(k, A, z)), k)
+            if update == "armt":
+                gamma = 1 - ((z @ k + eps) / (k @ k + eps)).item()
+                new_z = new_z + min(max(gamma, 0), 1) * k
+        carries.append((new_A, new_z) if update == "armt" else (new_A,))
+    return torch.stack(reads), tuple(torch.stack(part) for part in zip(*carries, strict=True))
+
+
 def changes_of(model, tokens):
     """For every token, the positions whose logits change when it is edited."""
     logits, changes = unroll(model, tokens)[0], []
@@ -363,11 +507,13 @@ class TestMemory:
     """What crosses a boundary, what does not, and who sees it."""
 
     @pytest.mark.parametrize("variant, has", {
-        "transformer": "", "mem_transformer": "read", "transformer_xl": "cache", "rmt": "read write recurrent",
-        "rmt_xl": "read write recurrent cache", "rmt_encoder": "read recurrent full"}.items())
+        "transformer": "causal", "mem_transformer": "read paper", "transformer_xl": "cache causal",
+        "rmt": "read write recurrent paper", "rmt_xl": "read write recurrent cache paper",
+        "rmt_encoder": "read recurrent full", "armt": "write associative causal"}.items())
     def test_the_models_of_the_papers_keep_their_rows_of_the_table(self, variant, has):
         row = VARIANTS[variant]
-        columns = row._asdict() | {"cache": row.block is rmt.CacheBlock, "block": False}
+        columns = row._asdict() | {"cache": row.block is rmt.CacheBlock, "associative": row.block is AssociativeBlock,
+                                   "block": False, "mask": False, row.mask: True}
         assert {name for name, value in columns.items() if value} == set(has.split())
 
     @pytest.mark.parametrize("form, n_read, n_cache, n_tokens, n_write", PICTURES)
@@ -382,7 +528,7 @@ class TestMemory:
         changes = changes_of(build(variant, memory_mask=memory_mask), text(11))
         assert [positions[0] for positions in changes] == list(range(11))
 
-    @variants([name for name, row in VARIANTS.items() if row.full])
+    @variants([name for name, row in VARIANTS.items() if row.mask == "full"])
     def test_an_encoder_sees_its_whole_segment_and_no_later_one(self, variant):
         assert [positions[0] for positions in changes_of(build(variant), text(11))] == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8]
 
@@ -401,7 +547,10 @@ class TestMemory:
         assert read[0].all() and not any(block.any() for block in read[1:])
         assert tokens[0].all() and tokens[1].all() and not tokens[3].any()
         assert (tokens[2] == torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])).all()
-        assert write[0].all() and write[2].all() and write[3].all() and not write[1].any()
+        among = torch.ones(M, M, dtype=torch.bool)
+        among = (among.tril() if VARIANTS[variant].mask == "causal" else among)[:model.n_write, :model.n_write]
+        assert (write[3] == among).all()
+        assert write[0].all() and write[2].all() and not write[1].any()
 
     @variants(VARIANTS)
     @pytest.mark.parametrize("n_before", [0, T, 3 * T])
@@ -534,6 +683,98 @@ class TestMemory:
             assert (weight == 1).all() if "norm" in name else abs(weight.std() / size - 1) < 0.05
 
 
+UPDATES = ["delta", "armt", "hebbian"]
+
+
+class TestAssociative:
+    """The cell of ARMT, without learning."""
+
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_reads_writes_and_their_gradients_equal_the_equations_in_loops(self, update):
+        block = build(f"armt by {update}").backbone.blocks[0]
+        x, carry, results = torch.randn(2, 5, D, requires_grad=True), block.initial_carry(2), []
+        weights = [block.w_q.weight, block.w_k.weight, block.w_v.weight, block.w_b.weight, block.w_b.bias, x]
+        _, carry = associative_in_loops(block, x, associative_in_loops(block, x.flip(1), carry)[1])
+        for known in (associative_in_loops(block, x, carry),
+                      (block.recall(block.phi(block.w_q(x), carry), *carry), block.write(x[:, -M:], *carry))):
+            loss = sum(t.sin().sum() for t in tensors(known))
+            results.append([*tensors(known), *torch.autograd.grad(loss, weights, retain_graph=True)])
+        assert_close(*results, tolerance=1e-10)
+
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_a_layer_reads_before_its_first_norm_and_writes_what_comes_out(self, update):
+        model = build(f"armt by {update}")
+        block, x = model.backbone.blocks[0], torch.randn(2, T + M, D)
+        _, carry = block(x.flip(1), None, block.initial_carry(2))
+        y, after = block(x, None, carry)
+        said, _ = associative_in_loops(block, x, carry)
+        plain = rmt.Block.forward(block, x + said, None, ())[0]
+        assert_close([y, *after], [plain, *associative_in_loops(block, plain, carry)[1]], tolerance=1e-10)
+        assert block(x, None, carry, [])[1] is carry  # a part of a segment writes nothing
+
+    def test_dpfp_multiplies_what_is_positive(self):
+        """x = (2, -3): r = (2, 0, 0, 3); its products with its neighbours one, two and three places before."""
+        assert rmt.dpfp(torch.tensor([2.0, -3.0]), 3).tolist() == [6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 6]
+
+    @pytest.mark.parametrize("update, gamma, reads", [
+        ("delta", True, [1, 2, 3, 4, 5]), ("armt", True, [1, 2, 3, 4, 5]), ("armt", False, [1, 1, 4 / 3, 5 / 3, 2]),
+        ("hebbian", True, [1, 3, 6, 10, 15])])
+    def test_one_key_written_1_to_5_reads_1_to_5(self, cell, monkeypatch, update, gamma, reads):
+        if not gamma:  # only gamma is clamped
+            monkeypatch.setattr(torch.Tensor, "clamp", lambda t, low, high: torch.ones_like(t))
+        block, key, carry, seen = cell(update), torch.randn(1, 4), None, []
+        for value in range(1, 6):
+            carry = written(block, key, torch.full((1, D - 4), float(value)), carry)
+            seen.append(read(block, key, carry)[0, 0].item())
+        assert seen == pytest.approx(reads, rel=1e-2)
+
+    @pytest.mark.parametrize("update, least, most", [("delta", 0.85, 1), ("armt", 0.85, 1), ("hebbian", 0, 0.5)])
+    def test_sixteen_keys_are_rewritten_500_times(self, cell, update, least, most):
+        """Each time with one of ten values; a read is right if the last value is the nearest one."""
+        torch.manual_seed(0)
+        block, keys = cell(update, d_assoc=32, n_value=32), torch.randn(16, 32)
+        symbols, which = F.normalize(torch.randn(10, 32), dim=1), torch.randint(16, (500,))
+        values, last = torch.randint(10, (500,)), {}
+        for key, value in zip(which.tolist(), values.tolist(), strict=True):
+            last[key] = value
+        answers = (read(block, keys, written(block, keys[which], symbols[values])) @ symbols.T).argmax(dim=1)
+        assert least <= sum(answers[key] == value for key, value in last.items()) / len(last) <= most
+
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_capacity_falls_with_the_number_of_pairs(self, cell, update):
+        torch.manual_seed(0)
+        block, right = cell(update, d_assoc=32, n_value=32), []
+        symbols = F.normalize(torch.randn(10, 32), dim=1)
+        for n_pairs in (10, 100, 400):
+            keys, values = torch.randn(n_pairs, 32), torch.randint(10, (n_pairs,))
+            answers = read(block, keys, written(block, keys, symbols[values])) @ symbols.T
+            right.append((answers.argmax(dim=1) == values).double().mean().item())
+        print(update, right)
+        assert right[0] > 0.9 and right[0] > right[1] + 0.05 > right[2] + 0.1
+
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_an_empty_memory_says_nothing_and_the_order_of_writes_in_a_segment_does_not_count(self, update):
+        model = build(f"armt by {update}")
+        for block, carry in zip(model.backbone.blocks, model.initial_state(2).carry, strict=True):
+            assert not block.recall(block.phi(torch.randn(2, 5, 4), carry), *carry).any()
+            m = torch.randn(2, 6, D)
+            once = block.write(torch.randn(2, 6, D), *carry)
+            assert_close(block.write(m, *once), block.write(m.flip(1), *once))
+
+    def test_z_never_decreases_and_the_memory_stays_in_float32_under_autocast(self):
+        torch.set_default_dtype(torch.float32)
+        model, tokens = build("armt by armt"), text(40 * T)
+        state = model.initial_state(2)
+        for segment in tokens.split(T, dim=1):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits, later = model(segment, state)
+            assert all((after[1] >= before[1]).all() for before, after in zip(state.carry, later.carry, strict=True))
+            state = later
+        assert logits.dtype == torch.bfloat16 and {t.dtype for t in tensors(state.carry)} == {torch.float32}
+        assert {t.dtype for t in tensors(model.bfloat16().initial_state(1).carry)} == {torch.float32}
+
+
+
 def gradient_reach(model, n_segments, bptt_depth):
     """For every segment, the segments whose embedded tokens its logits send gradient to."""
     with calls(model.embed) as seen:
@@ -649,6 +890,20 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: Config(memory_form="layer"), ValueError, "memory_form='layer' must be one of norm, raw"),
     (lambda: Config(write_slot="read"), ValueError, "write_slot='read' must be one of memory, embedding, both"),
     (lambda: Config(memory_mask="full"), ValueError, "memory_mask='full' must be one of paper, causal"),
+    (lambda: Config(update="hebb"), ValueError, "update='hebb' must be one of delta, armt, hebbian"),
+    (lambda: Config(nu=8, d_assoc=4), ValueError, "nu=8 must be below 2 * d_assoc=8"),
+    (lambda: unroll_diagonal(build(), text(3)), ValueError, "the memory of 'rmt' goes from a segment's last layer to"),
+    (lambda: unroll_diagonal(build("rmt_encoder"), text(3)), ValueError, "no two segments can run side by side: use"),
+    (lambda: unroll_diagonal(build("transformer around a GRU"), text(3)), ValueError, "a Recurrent may have none: use"),
+    (lambda: unroll_diagonal(build("armt"), text(3), bptt_depth=-1), ValueError, "bptt_depth=-1 must be None"),
+    (lambda: unroll_diagonal(build("armt"), text(3), state_of("armt", 3)), ValueError, "does not fit 'armt' with 2"),
+    (lambda: unroll_diagonal(build("armt"), text(3) / 2), TypeError, "tokens are torch.float64 and must be a tensor"),
+    (lambda: segment_of(text(3), state_of("armt by armt"), "armt"), ValueError, "(2, 24)))) does not fit 'armt'"),
+    (lambda: segment_of(text(3), state_of("armt"), "armt by armt"), ValueError, "does not fit 'armt' with 2 sequences"),
+    (lambda: segment_of(text(3), state_of("armt", d_assoc=5), "armt"), ValueError, "does not fit 'armt' with 2"),
+    (lambda: segment_of(text(3), state_of("transformer_xl", cache_len=9), "armt"), ValueError, "does not fit 'armt'"),
+    (lambda: segment_of(text(3), state_of("armt", nu=2), "transformer_xl"), ValueError, "((2, 16, 16),)"),
+    (lambda: segment_of(text(3), state_of("armt")), ValueError, "does not fit 'rmt' with 2 sequences"),
     (lambda: Config(dropout=1.0), ValueError, "dropout=1.0 must be from 0 to below 1"),
     (lambda: Config(dropout=-0.1), ValueError, "dropout=-0.1 must be from 0 to below 1"),
     (lambda: Config(memory_noise=-1), ValueError, "memory_noise=-1 must be from 0 to below inf"),
@@ -692,13 +947,13 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: attention_maps(build("rmt around a GRU"), text(3), build("rmt around a GRU").initial_state(2)), ValueError,
      "attention_maps needs a backbone with rmt.Attention layers, and this one has none"),
     *[(lambda name=name: build(name, n_mem=0), ValueError, f"n_mem=0 must be at least 1 for '{name}'")
-      for name in READING],
+      for name, row in VARIANTS.items() if row.read or row.write],
     *[(lambda name=name: build(name, cache_len=0), ValueError, f"cache_len=0 must be at least 1 for '{name}'")
       for name in CACHED],
     *[(lambda name=name: build(f"{name} around a GRU"), ValueError, "a backbone goes with one of transformer,")
-      for name in CACHED],
+      for name, row in VARIANTS.items() if row.block is not rmt.Block],
     *[(lambda name=name, value=value: Config(**{name: value}), ValueError, f"{name}={value!r} must be an integer")
-      for name in ("vocab_size", "segment_len", "n_layer", "n_head", "d_model", "n_mem", "cache_len")
+      for name in ("vocab_size", "segment_len", "n_layer", "n_head", "d_model", "n_mem", "cache_len", "d_assoc", "nu")
       for value in (-1, 8.0, True, "8", *[0] * (name not in ("n_mem", "cache_len")))],
 ]
 
@@ -788,7 +1043,8 @@ class TestScripts:
 
     @pytest.mark.parametrize("variant", PUBLISHED)
     def test_a_tiny_run_of_every_variant_writes_its_files(self, variant, tmp_path):
-        task = ("memorize", "detect", "copy", "reverse", "retrieval", "copy")[PUBLISHED.index(variant) % 6]
+        names = ("memorize", "detect", "remember", "reverse", "retrieval", "copy", "rewrite")
+        task = names[PUBLISHED.index(variant) % len(names)]
         sizes = {"reverse": ("--segments", "4", "--eval-segments", "8")}.get(task, ())
         run = run_train_copy(*TINY, "--task", task, "--model", variant, *sizes, "--baseline", "none", "--out", "a",
                              cwd=tmp_path)
@@ -819,6 +1075,14 @@ class TestScripts:
         ("--task memorize --segments 1", "1 segments must be at least 2"),
         ("--task retrieval --segment-len 3", "--segment-len 3 must be at least 4"),
         ("--task retrieval --symbols 4 --segments 6", "--symbols 4 must be at least"),
+        ("--task remember --keys 4 --segments 6", "--keys 4 must be at least 5, a key for each pair of 6 segments"),
+        ("--task facts --segment-len 11", "--segment-len 11 must be at least 12 for --task facts"),
+        ("--task facts --facts three", "--facts three must be one, two, relations"),
+        ("--task quadratic --segments 12", "12 segments of 30 must be 6 of 30"),
+        ("--task rewrite --keys 0", "--keys 0 must be at least 1"),
+        ("--model armt --n-mem 0", "--n-mem 0 must be at least 1"),
+        ("--model armt --d-assoc 1 --nu 2", "nu=2 must be below 2 * d_assoc=2"),
+        ("--model armt --update add", "update='add' must be one of delta, armt, hebbian"),
         ("--segments 0", "--segments 0 must be at least 1"),
         ("--batch -3", "--batch -3 must be at least 1"),
         ("--steps 0", "--steps 0 must be at least 1"),
@@ -920,14 +1184,24 @@ class TestTasks:
     """The tasks ask for what their docstrings show."""
 
     @staticmethod
-    def draw(task, segments, segment_len, symbols=10):
-        import train_copy
-        args = argparse.Namespace(task=task, segments=segments, segment_len=segment_len, symbols=symbols,
-                                  eval_segments=[], curriculum="fixed")
-        train_copy.check(args)
-        tokens, n = train_copy.TASKS[task][0](args, segments, 64, torch.Generator().manual_seed(0))
-        assert n >= 1 and (tokens[:, -n:] < symbols).all()
+    def draw(task, segments, segment_len, **flags):
+        args = argparse.Namespace(**{"task": task, "segments": segments, "segment_len": segment_len, "symbols": 10,
+                                     "keys": 64, "facts": "one", "eval_segments": [], "curriculum": "fixed"} | flags)
+        tasks.check(args)
+        tokens, n = tasks.TASKS[task].sample(args, segments, 64, torch.Generator().manual_seed(0))
+        assert n >= 1 and tokens.min() >= 0 and tokens.max() < len(tasks.vocabulary(args))
+        assert task in ("facts", "quadratic") or (tokens[:, -n:] < args.symbols).all()
         return tokens, n
+
+    def test_every_task_shows_an_example_and_has_a_chance_level_that_a_guess_reaches(self):
+        for name, task in tasks.TASKS.items():
+            assert re.search(r"input .*\n\s+target ", task.sample.__doc__)
+            size, segments = {"quadratic": 30, "facts": 12}.get(name, 8), {"retrieval": 3}.get(name, 6)
+            for kind in tasks.KINDS if name == "facts" else ["one"]:
+                args = argparse.Namespace(task=name, symbols=10, keys=8, facts=kind, segment_len=size)
+                tokens, n = task.sample(args, segments, 2000, torch.Generator().manual_seed(1))
+                guess = tokens[:, -n:].long().flatten().bincount().max().item() / (n * 2000)  # always the same symbol
+                assert guess == pytest.approx(task.chance(args), abs=0.05)
 
     def test_evaluation_never_draws_the_samples_of_training(self):
         """A CPU generator keeps 32 bits of its seed: seed + 2**32 was the stream of training."""
@@ -958,6 +1232,78 @@ class TestTasks:
         for row in tokens.tolist():
             pairs = {row[s * T]: row[s * T + 2:s * T + 2 + n] for s in range(segments - 1)}
             assert len(pairs) == segments - 1 and pairs[row[(segments - 1) * T]] == row[-n:]
+
+    @pytest.mark.parametrize("task", ["remember", "rewrite"])
+    @pytest.mark.parametrize("segments, keys, T", [(2, 1, 4), (9, 8, 4), (5, 4, 6), (40, 64, 5)])
+    def test_remember_and_rewrite_ask_for_the_last_value_of_a_key(self, task, segments, keys, T):
+        tokens, n = self.draw(task, segments, T, keys=keys)
+        asked_again = 0
+        for row in tokens.tolist():
+            written = [(row[s * T], row[s * T + 2:s * T + 2 + n]) for s in range(segments - 1)]
+            assert all(13 <= key < 13 + keys for key, _ in written) and row[-n - 1] == 11
+            assert dict(written)[row[(segments - 1) * T]] == row[-n:]
+            assert task == "rewrite" or len(dict(written)) == len(written)
+            asked_again += [key for key, _ in written].count(row[(segments - 1) * T]) > 1
+        assert (asked_again > 0) == (task == "rewrite" and segments > 2)
+
+    @pytest.mark.parametrize("kind", ["one", "two", "relations"])
+    @pytest.mark.parametrize("segments, T", [(2, 12), (8, 12), (5, 17)])
+    def test_answers_of_facts_follow_from_the_sentences(self, kind, segments, T):
+        """Replayed by a reader of sentences who knows nothing of how they were made."""
+        tokens, n = self.draw("facts", segments, T, facts=kind)
+        verbs, places = set(), []
+        for row in tokens.tolist():
+            words = [tasks.WORDS[token] for token in row]
+            n_body = (segments - 1) * T // 6 * 6
+            at, holder, relation, told = {}, {}, {}, 0
+            for a, b, c, d, e, stop in (words[i:i + 6] for i in range(0, n_body, 6)):
+                assert stop == "."
+                told += a != "the"
+                if b == "went":
+                    at[a] = e
+                    at |= {thing: e for thing in holder if holder[thing] == a}
+                elif b == "took":
+                    assert d not in holder and at.get(d, at[a]) == at[a]  # nobody takes what is not there
+                    holder[d], at[d] = a, at[a]
+                elif b == "dropped":
+                    assert holder.pop(d) == a
+                elif b == "is":
+                    relation[c, e] = a
+                verbs.add(b if a != "the" else "")
+            question, answer = words[n_body:-1], words[-1]
+            if kind == "relations":
+                what, _, side, *_ = question
+                other = question[-2]
+                expected = ({relation[side, other]} if what == "what" else
+                            {there for (way, there), here in relation.items() if (way, here) == (side, what)})
+                assert expected == {answer}
+            else:
+                assert at[question[-2]] == answer
+            places.append(answer)
+            assert 2 <= told <= 6
+        assert set(places) == set(tasks.PLACES) and n == 1
+        known = {"one": {"went"}, "two": {"went", "took", "dropped"}, "relations": {"is"}}[kind]
+        assert verbs - {""} == known - (set() if segments > 2 else {"dropped"})
+
+    def test_quadratic_equations_are_solved_in_six_fields(self):
+        tokens, n = self.draw("quadratic", 6, 30)
+        unsolved = 0
+        for row in tokens.tolist():
+            line = "".join(tasks.CHARACTERS[token] for token in row)
+            given, monic, discriminant, *roots, answer = (line[i:i + 30].rstrip("_") for i in range(0, 180, 30))
+            a, b, c = map(int, re.fullmatch(r"(-?\d+)\*x\^2([+-]\d+)\*x([+-]\d+)=0", given).groups())
+            p, q = map(int, re.fullmatch(r"x\^2([+-]\d+)\*x([+-]\d+)=0", monic).groups())
+            assert 1 <= abs(a) <= 10 and (b, c) == (a * p, a * q) and discriminant == f"D={p * p - 4 * q}"
+            if p * p < 4 * q:
+                unsolved += 1
+                assert {*roots, answer} == {"none"}
+            else:
+                low, high = map(int, answer.split(","))
+                assert -100 <= low <= high <= 100 and (p, q) == (-low - high, low * high)
+                for text, x in zip(roots, (low, high), strict=True):
+                    value = re.fullmatch(r"x=\((-?\d+)([+-]\d+)\)/2=(-?\d+)", text).groups()
+                    assert (int(value[0]) + int(value[1])) / 2 == int(value[2]) == x
+        assert n == 150 and 5 <= unsolved <= 25
 
     @pytest.mark.parametrize("task", ["memorize", "detect"])
     def test_facts_stand_where_they_should_in_noise_that_is_no_symbol(self, task):
@@ -997,7 +1343,7 @@ class TestLanguage:
 
     FILES = {"config.json", "metrics.csv", "checkpoint.pt", "result.json", "loss.png", "position.png", "sample.txt"}
 
-    @variants([name for name in PUBLISHED if not VARIANTS[name].full])
+    @variants([name for name in PUBLISHED if VARIANTS[name].mask != "full"])
     def test_a_tiny_run_of_every_variant_of_language_model_writes_its_files(self, variant, folder):
         run = run_train_lm(*TINY_LM, "--model", variant, "--baseline", "none", "--out", "a", cwd=folder)
         assert run.returncode == 0, run.stderr
@@ -1417,15 +1763,19 @@ class TestLearning:
 # `pytest -m benchmark -s` prints a table per test. One thread; the contestants take turns, so that a busy machine slows
 # them alike; a number is the median of CPU time. Nothing is asserted on time, only on results and on memory.
 
-BENCHED = {"tiny": (Config(vocab_size=256, n_layer=4, d_model=64, n_head=1, segment_len=32, n_mem=4), 8),
+BENCHED = {"small": (Config(vocab_size=256, n_layer=4, d_model=64, n_head=4, segment_len=16, n_mem=4), 1),
+           "deep": (Config(vocab_size=256, n_layer=12, d_model=64, n_head=4, segment_len=16, n_mem=4), 1),
+           "tiny": (Config(vocab_size=256, n_layer=4, d_model=64, n_head=1, segment_len=32, n_mem=4), 8),
          "S": (Config(vocab_size=256, n_layer=4, d_model=256, n_head=4, segment_len=128, n_mem=8), 8),
          "M": (Config(vocab_size=256, n_layer=6, d_model=384, n_head=6, segment_len=256, n_mem=16), 4)}
 
 
 @pytest.fixture
-def one_thread():
+def one_thread(float64):
+    """One thread, and float32 after all."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
     yield
     torch.set_num_threads(threads)
 
@@ -1575,6 +1925,23 @@ def test_a_new_token_costs_less_than_its_segment(variant, size, one_thread):
     print(f"\n{size:5}{variant:7}T = 256: {row / 512:.2f} ms per new token, {segment / row:.1f} times faster than its "
           "segment again")
     assert torch.equal(*results)
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize("size", ["small", "deep", "tiny", "S"])
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("variant", ["armt", "transformer_xl"])
+def test_diagonals(variant, size, batch_size, one_thread):
+    """Where segments are small, running them along diagonals saves the overhead of S L small steps."""
+    n_segments = 12 if size == "S" else 32
+    model, tokens = setup(size, n_segments, variant=variant)
+    tokens, ratios = tokens.repeat(batch_size, 1)[:batch_size], []
+    for work in (inference, training):
+        (loop, diagonal), results = race(work(model, tokens), work(model, tokens, run=unroll_diagonal))
+        torch.testing.assert_close(*map(torch.as_tensor, results), rtol=1e-4, atol=1e-4)
+        ratios.append(loop / diagonal)
+    print(f"\n{variant:15}{size:6}batch {batch_size}, {n_segments} segments: unroll over unroll_diagonal, inference "
+          f"{ratios[0]:.2f}, training {ratios[1]:.2f}")
 
 
 @pytest.mark.benchmark

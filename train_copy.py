@@ -4,6 +4,10 @@
                                                                 rmt ends above 0.99, transformer at chance, 0.10
     python train_copy.py --task memorize --eval-segments 4096   laptop, 5 minutes: a fact read 4,096 segments later;
                                                                 rmt ends above 0.99, transformer at chance
+    python train_copy.py --task rewrite                         laptop, 1 minute: four keys whose values change; armt
+                                                                XXX
+    python train_copy.py --task detect --model armt --segments 4 --eval-segments 131072 --eval-samples 16
+                                                                laptop, XXX minutes: a fact among a million tokens
     python train_copy.py --segment-len 40 --n-mem 40 --n-layer 4 --d-model 128 --batch 64 --steps 20000 --lr 1e-3
                                                                 GPU: the paper's 120 symbols; not measured yet
 
@@ -17,28 +21,36 @@ from assets.run import fail, load, parse, setup, start, write, write_config, wri
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
-COPYING = {"segment_len": 8, "n_mem": 8, "batch": 16, "steps": 900, "lr": 4e-3, "curriculum": "grow",
-           "write_slot": "both", "memory_noise": 0.0}    # with the embedding every seed tried learns to copy
-FACTS = {"segment_len": 8, "n_mem": 4, "batch": 32, "steps": 1000, "lr": 3e-3, "curriculum": "random",
-         "write_slot": "memory", "memory_noise": 1.0}    # noise makes a fact last for thousands of segments
+COPYING = {"model": "rmt", "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 900, "lr": 4e-3,
+           "curriculum": "grow", "write_slot": "both", "memory_noise": 0.0}  # with the embedding all seeds learn
+FACTS = {"model": "rmt", "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 1000, "lr": 3e-3,
+         "curriculum": "random", "write_slot": "memory", "memory_noise": 1.0}  # noise makes a fact last
+PAIRS = FACTS | {"segment_len": 4, "batch": 64, "memory_noise": 0.0}
 RECIPES = {"copy": COPYING | {"segments": 9}, "reverse": COPYING | {"segments": 6}, "memorize": FACTS | {"segments": 8},
-           "detect": FACTS | {"segments": 8},
-           "retrieval": FACTS | {"segments": 3, "segment_len": 4, "batch": 64, "memory_noise": 0.0}}
+           "detect": FACTS | {"segments": 8}, "retrieval": PAIRS | {"segments": 3},
+           "remember": PAIRS | {"segments": 9}, "rewrite": PAIRS | {"segments": 13},
+           "facts": FACTS | {"segments": 8, "segment_len": 12, "batch": 64},
+           "quadratic": FACTS | {"segments": 6, "segment_len": 30, "batch": 64, "curriculum": "fixed"}}
 FLAGS = {  # group, flag, default (None: in the task's recipe), help
     "task": {
-        "task": ("copy", "copy, reverse, retrieval, memorize or detect"),
+        "task": ("copy", "copy, reverse, retrieval, remember, rewrite, memorize, detect, facts or quadratic"),
         "symbols": (10, "different symbols"),
+        "keys": (64, "different keys of remember and rewrite"),
+        "facts": ("one", "what an answer of facts depends on: one fact, two, or relations between places"),
         "segments": (None, "segments of the longest training sample"),
         "segment_len": (None, "T, tokens per segment"),
         "curriculum": (None, "segments of a sample: grow (more when accuracy passes 0.75), random, or fixed")},
     "model": {
-        "model": ("rmt", "a row of VARIANTS in rmt.py"),
+        "model": (None, "a row of VARIANTS in rmt.py"),
         "baseline": ("transformer", "a second row, trained in the same way, or none"),
         "n_layer": (2, "layers"),
         "n_head": (4, "heads"),
         "d_model": (64, "width"),
         "n_mem": (None, "M, memory tokens"),
         "cache_len": (8, "C, positions cached per layer, for transformer_xl and rmt_xl"),
+        "d_assoc": (16, "width of associative keys, of which dpfp makes 2 * nu * d_assoc features, for armt"),
+        "nu": (3, "products that dpfp makes of every channel, for armt"),
+        "update": ("delta", "of the associative memory: delta, armt or hebbian, see Config in rmt.py"),
         "memory_form": ("norm", "what is handed on: norm or raw, see Config in rmt.py"),
         "write_slot": (None, "what the write rows are fed: memory, embedding or both, see Config in rmt.py"),
         "memory_noise": (None, "noise on the handed-on memory in training, up to this fraction of its RMS")},
@@ -55,7 +67,7 @@ FLAGS = {  # group, flag, default (None: in the task's recipe), help
         "device": ("auto", "cpu, cuda, mps, or auto: cuda where there is one, else cpu"),
         "threads": (1, "CPU threads; models this small are fastest with one"),
         "target": (0.0, "exit with status 1 unless --model's accuracy over --segments reaches this"),
-        "eval_segments": ([], "longer samples to try, default 2 and 4 times --segments"),
+        "eval_segments": ([], "longer samples to try, default 2 and 4 times --segments; 131072 is a million tokens"),
         "eval_samples": (512, "fresh samples per evaluation, fewer where they are very long"),
         "save_every": (200, "steps between checkpoints"),
         "out": ("", "folder to write to, default out/TASK-N with the first N that is free"),
@@ -72,113 +84,24 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from assets.figures import draw_attention, draw_training
+from assets.tasks import TASKS, check, text, vocabulary
 from rmt import RMT, Config, generate, map_tensors, tensors, unroll
-
-# -------------------------------------------------------------------------------------------------------------- tasks
-# A task returns tokens (B, length + 1) and n, the length of the answer at their end. The model reads tokens[:, :-1],
-# and its last n outputs are scored. Symbols are 0 .. symbols - 1; after them come | a mark, ? a question, _ a blank,
-# and 16 noise tokens, written as small letters. The examples have --segment-len 4.
-
-def special(args, token):
-    """The id of | ? _ or of a, the first noise token."""
-    return args.symbols + "|?_a".index(token)
-
-
-def copy(args, segments, batch, generator):
-    """A source, and then the source twice [RMT].
-
-        input    3 1 4 1   | 3 1 4   1 3 1 4
-        target   . . . .   3 1 4 1   3 1 4 1
-    """
-    source = torch.randint(args.symbols, (batch, segments // 3 * args.segment_len), generator=generator)
-    return torch.cat([source, torch.full((batch, 1), special(args, "|")), source, source], dim=1), 2 * source.size(1)
-
-
-def reverse(args, segments, batch, generator):
-    """A source, and then the source backwards [RMT].
-
-        input    3 1 4 1   | 1 4 1
-        target   . . . .   1 4 1 3
-    """
-    source = torch.randint(args.symbols, (batch, segments // 2 * args.segment_len), generator=generator)
-    return torch.cat([source, torch.full((batch, 1), special(args, "|")), source.flip(1)], dim=1), source.size(1)
-
-
-def retrieval(args, segments, batch, generator):
-    """A key and its value in each segment, no key twice, and one key asked for [RMT].
-
-        input    7 | 2 |   5 | 9 |   7 ?
-        target   . . . .   . . . .   . 2
-    """
-    n_pairs, width, some = segments - 1, args.segment_len - 3, torch.arange(batch)
-    keys = torch.rand(batch, args.symbols, generator=generator).argsort(dim=1)[:, :n_pairs, None]
-    values = torch.randint(args.symbols, (batch, n_pairs, width), generator=generator)
-    asked = torch.randint(n_pairs, (batch,), generator=generator)
-    marks = torch.full_like(keys, special(args, "|"))
-    pairs = torch.cat([keys, marks, values, marks], dim=2).flatten(1)
-    question = torch.full((batch, 1), special(args, "?"))
-    return torch.cat([pairs, keys[some, asked], question, values[some, asked]], dim=1), width
-
-
-def memorize(args, segments, batch, generator, where=0):
-    """A fact in the first segment, noise, and a question at the end [RMT-1M].
-
-        input    | 3 1 a   b c d e   ? 3
-        target   . . . .   . . . .   3 1
-    """
-    T, n, noise = args.segment_len, args.segment_len // 2, special(args, "a")
-    tokens = torch.randint(noise, noise + 16, (batch, (segments - 1) * T + 1 + n), generator=generator)
-    fact = torch.randint(args.symbols, (batch, n), generator=generator)
-    place = (where * T + torch.arange(1 + n)).expand(batch, -1)
-    tokens.scatter_(1, place, F.pad(fact, (1, 0), value=special(args, "|")))
-    tokens[:, -n - 1:] = F.pad(fact, (1, 0), value=special(args, "?"))
-    return tokens, n
-
-
-def detect(args, segments, batch, generator):
-    """As memorize, with the fact in a random segment [RMT-1M].
-
-        input    a b c d   | 3 1 e   ? 3
-        target   . . . .   . . . .   3 1
-    """
-    where = torch.randint(segments - 1, (batch, 1), generator=generator)
-    return memorize(args, segments, batch, generator, where)
-
-
-TASKS = {"copy": (copy, 3), "reverse": (reverse, 2), "retrieval": (retrieval, 1), "memorize": (memorize, 1),
-         "detect": (detect, 1)}  # the function, and what its number of segments is a multiple of
-
-
-def check(args):
-    """Raise ValueError with one line that says which size does not fit the task."""
-    unit, least = TASKS[args.task][1], 4 if args.task == "retrieval" else 2
-    if args.curriculum not in ("grow", "random", "fixed"):
-        raise ValueError(f"--curriculum {args.curriculum} must be grow, random or fixed")
-    if args.segment_len < least:
-        raise ValueError(f"--segment-len {args.segment_len} must be at least {least} for --task {args.task}")
-    for n in (args.segments, *args.eval_segments):
-        if n % unit or n < 2:
-            raise ValueError(f"{n} segments must be at least 2 and a multiple of {unit} for --task {args.task}")
-        if args.task == "retrieval" and args.symbols < n - 1:
-            raise ValueError(f"--symbols {args.symbols} must be at least {n - 1}, a key for each pair of {n} segments")
-
 
 # ------------------------------------------------------------------------------------------------------------- model
 
 def build(args, variant):
     """A model of one row of VARIANTS, at its initial weights."""
     torch.manual_seed(args.seed)
-    vocab_size = special(args, "a") + 16 * (args.task in ("memorize", "detect"))
     sizes = {name: getattr(args, name) for name in FLAGS["model"].keys() - {"model", "baseline"}}
-    return RMT(Config(variant, vocab_size, args.segment_len, **sizes)).to(args.device)
+    return RMT(Config(variant, len(vocabulary(args)), args.segment_len, **sizes)).to(args.device)
 
 
 def sample(args, model, segments, batch, generator):
     """Inputs (B, length) and targets (B, n_answer), which belong to the last n_answer inputs."""
-    tokens, n = TASKS[args.task][0](args, segments, batch, generator)
-    inputs, targets = tokens[:, :-1].to(args.device), tokens[:, -n:].to(args.device)
-    if model.variant.full:  # an encoder would see the answer among its inputs, so it fills in blanks, all at once
-        inputs[:, inputs.size(1) - n + 1:] = special(args, "_")
+    tokens, n = TASKS[args.task].sample(args, segments, batch, generator)
+    inputs, targets = tokens[:, :-1].to(args.device), tokens[:, -n:].long().to(args.device)
+    if model.variant.mask == "full":  # an encoder would see the answer among its inputs, so it fills in blanks
+        inputs[:, inputs.size(1) - n + 1:] = vocabulary(args).index("_")
     return inputs, targets
 
 
@@ -193,14 +116,15 @@ def evaluate(args, model, segments, between=lambda state: state, free=True):
     inputs, targets = sample(args, model, segments, min(args.eval_samples, max(32, 2**22 // (segments * T))), generator)
     state, logits, n = model.initial_state(len(inputs)), [], targets.size(1)
     first = (inputs.size(1) - n) // T  # the segment in which the answer begins
-    for s, segment in enumerate(inputs.split(T, dim=1)):
+    pieces = tqdm(inputs.split(T, dim=1), f"{segments} segments", leave=False, delay=2, disable=None)
+    for s, segment in enumerate(pieces):
         state = between(state)
         if s == first:
             start = state
-        out, state = unroll(model, segment, state)
+        out, state = model(segment, state)
         logits += [out] if s >= first else []
     forced = answers = torch.cat(logits, dim=1)[:, -n:].argmax(-1)
-    if free and not model.variant.full:  # an encoder fills all blanks at once: it runs free already
+    if free and model.variant.mask != "full":  # an encoder fills all blanks at once: it runs free already
         answers = generate(model, inputs[:, first * T:inputs.size(1) - n + 1], n, start, temperature=0)
     scores = {"teacher_forced": forced == targets, "free_running": answers == targets,
               "whole_answers": (answers == targets).all(dim=1)}
@@ -284,16 +208,10 @@ def load_runs(args):
 
 # ------------------------------------------------------------------------------------------------------------- report
 
-def text(args, row):
-    """Tokens as characters."""
-    alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" * (1 + args.symbols // 36)
-    return "".join((alphabet[:args.symbols] + "|?_abcdefghijklmnop")[token] for token in row.tolist())
-
-
 def report(args, runs):
     """Evaluate, print, draw. Returns the accuracy of --model over --segments."""
     main, results = runs[args.model]["model"], {}
-    print(f"\nanswer symbols right, on fresh samples (chance {1 / args.symbols:.3f})\n"
+    print(f"\nanswer symbols right, on fresh samples (chance {TASKS[args.task].chance(args):.3f})\n"
           "model            segments  teacher-forced    free-running   whole answers")
     for name, run in runs.items():
         results[name] = {"cpu_seconds": round(run["seconds"], 1)}
@@ -324,9 +242,10 @@ def report(args, runs):
 
 def main(args):
     """Check all there is to check before anything is written; train; report."""
-    args.lengths = [n for n in range(2, args.segments + 1) if n % TASKS[args.task][1] == 0]  # segments in training
-    longest = args.symbols + 1 if args.task == "retrieval" else 4 * args.segments  # retrieval runs out of keys
-    args.eval_segments = args.eval_segments or [min(n * args.segments, longest) for n in (2, 4)]
+    args.lengths = [n for n in range(2, args.segments + 1) if n % TASKS[args.task].multiple == 0]  # of training samples
+    longest = {"retrieval": args.symbols + 1, "remember": args.keys + 1, "quadratic": 6}  # where keys run out
+    longer = (min(n * args.segments, longest.get(args.task, n * args.segments)) for n in (2, 4))
+    args.eval_segments = args.eval_segments or sorted({*longer})
     names = [args.model] + [args.baseline] * (args.baseline not in ("none", args.model))
     try:
         check(args)

@@ -154,7 +154,7 @@ def build(args, variant, vocab_size):
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in FLAGS["model"].keys() - {"model", "baseline"}}
     model = RMT(Config(variant, vocab_size, **sizes)).to(args.device)
-    if model.variant.full:
+    if model.variant.mask == "full":
         raise ValueError(f"{variant!r} sees whole segments, the next character too: use 'rmt'")
     return model
 
