@@ -3,6 +3,7 @@
 A Transformer reads a long sequence one segment at a time. State can cross a segment boundary in two places:
     over the top      memory tokens: what the last layer wrote is what the first layer reads next    RMT
     inside a layer    a carry: the layer's own inputs in the segment before                          Transformer-XL
+                               or a matrix that the layer reads, and rewrites at the write tokens    ARMT
 
              segment t                               segment t + 1
     logits           ^      written ---.       logits         ^      written
@@ -21,7 +22,7 @@ The method is this loop; `unroll`, near the end, is the same loop with its optio
 Glossary
     B  batch    S  segments    L  n_layer    D  d_model    H  n_head    E  D / H    V  vocab_size
     T  segment_len, tokens per segment    M  n_mem, memory tokens    C  cache_len, "mem_len" in [TXL]
-    N  rows of one segment: read + tokens + write
+    N  rows of one segment: read + tokens + write                    K  2 nu d_assoc, width of associative keys
     state        all that crosses a boundary: State(memory, carry), plain tensors, never stored on a module
     memory       (B, M, D), "mem_t" in [RMT]; never the Transformer-XL cache
     carry        the backbone's part of the state
@@ -32,6 +33,8 @@ References
     [RMT-1M]  Bulatov, Kuratov, Burtsev. Scaling Transformer to 1M tokens and beyond with RMT. 2023, arXiv:2304.11062
     [TXL]     Dai, Yang, Yang, Carbonell, Le, Salakhutdinov. Transformer-XL. 2019, arXiv:1901.02860
     [MT]      Burtsev, Kuratov, Peganov, Sapunov. Memory Transformer. 2020, arXiv:2006.11527
+    [ARMT]    Rodkin, Kuratov, Bulatov, Burtsev. Associative Recurrent Memory Transformer. 2024, arXiv:2407.04841
+    [DB]      Sivtsov, Rodkin, Kuzmin, Kuratov, Oseledets. Diagonal Batching ... 2025, arXiv:2506.05229
 """
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -168,7 +171,6 @@ class Attention(nn.Module):
     Departure: rotary positions, where [RMT] has absolute ones and [TXL] relative biases. They count along a full cache,
     so tokens stand at one distance from the read memory, and cached rows right before the tokens that followed them.
     """
-
     def __init__(self, config: Config, n_read: int = 0, n_cache: int = 0):
         super().__init__()
         self.n_head, self.n_read, self.n_cache = config.n_head, n_read, n_cache
@@ -252,7 +254,6 @@ class CacheBlock(Block):
     The carry is (cache,): the last C inputs (B, c, D), before norm and rotation, c growing from 0 to C. Memory rows are
     not cached: they are handed on over the top.
     """
-
     def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
         super().__init__(config, n_read, n_write, n_cache=config.cache_len)
 
@@ -290,7 +291,6 @@ class AssociativeBlock(Block):
     That is update "armt". In "delta" phi has unit length and there is no z: h += A phi(W_q h), v_old = A k.
     "hebbian" is delta with v_old = 0. The carry is (A, z) or (A,): A (B, D, K), z (B, K), float32 even under autocast.
     """
-
     def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
         super().__init__(config, n_read, n_write)
         D, d, self.nu, self.update = config.d_model, config.d_assoc, config.nu, config.update
@@ -407,7 +407,6 @@ class RMT(nn.Module):
     A backbone of yours has width d_model and goes with the variants whose layers carry nothing.
     Raises ValueError where config does not fit its variant.
     """
-
     def __init__(self, config: Config, backbone: nn.Module | None = None):
         super().__init__()
         require(config.variant in VARIANTS, f"variant={config.variant!r} must be one of {', '.join(VARIANTS)}")
@@ -423,17 +422,14 @@ class RMT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, D)
         self.memory = nn.Parameter(torch.empty(max(self.n_read, self.n_write), D))
         self.write_embedding = nn.Parameter(torch.empty(self.n_write if config.write_slot != "memory" else 0, D))
-        if backbone is None:
-            backbone, keep = Transformer(config, self.variant.block, self.n_read, self.n_write), ()
-        else:
-            keep = ("backbone.",)
-        self.backbone = backbone
+        keep = () if backbone is None else ("backbone.",)
+        self.backbone = Transformer(config, self.variant.block, self.n_read, self.n_write) if not keep else backbone
         self.norm = nn.LayerNorm(D, bias=False)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         if config.tie_weights:
             self.head.weight = self.embed.weight
-        self.form = map_tensors(self.fixed, self.initial_state(1))
+        self.form = self.fixed(self.initial_state(1))
         self.init_weights(keep)
 
     @torch.no_grad()
@@ -448,6 +444,9 @@ class RMT(nn.Module):
                      "attn.out.weight": residual, "mlp.2.weight": residual,
                      "w_v.weight": 0.0}                               # [ARMT]: untrained, the layer is a plain one
             weight.normal_(std=table.get(re.sub(r"^backbone\.blocks\.\d+\.", "", name), std))
+        for block in self.modules():
+            if isinstance(block, AssociativeBlock):  # departure: a row looks for what it would be written under
+                block.w_k.weight.copy_(block.w_q.weight)
 
     def initial_state(self, batch_size: int) -> State:
         """The learned memory (B, M, D), the same for every sequence, and an empty carry."""
@@ -500,9 +499,11 @@ class RMT(nn.Module):
             return None
         return segment_mask(self.n_read, n_cache, n_tokens, self.n_write, form, self.memory.device)
 
-    def fixed(self, t):
-        """What of the shape of a state's tensor is the same in every segment and batch: not the length of a cache."""
-        return t.dim(), *t.shape[2 if self.n_cache else 1:]
+    def fixed(self, state):
+        """What of a state's shapes is the same in every segment and batch: all but B and the length of a cache."""
+        first = 2 if self.n_cache else 1
+        return [map_tensors(lambda t: t.shape[1:], state.memory),
+                map_tensors(lambda t: (t.dim(), *t.shape[first:]), state.carry)]
 
 
 def check(model, tokens, state=None):
@@ -521,8 +522,7 @@ def check(model, tokens, state=None):
                 "give long sequences to unroll(model, tokens)")
         require(isinstance(state, State), f"state is a {type(state).__name__} and must be a State: start from "
                 "model.initial_state(batch_size), or wrap what you loaded, State(*loaded)", TypeError)
-        fits = (map_tensors(model.fixed, state) == model.form and all(len(t) == B for t in tensors(state))
-                and state.memory.size(1) == len(model.memory) * model.variant.recurrent)
+        fits = model.fixed(state) == model.form and all(len(t) == B for t in tensors(state))
         cached = {t.size(1) for t in tensors(state.carry)} if fits and model.n_cache else {0}
         fits = fits and len(cached) == 1 and max(cached) <= model.n_cache
         shapes = None if fits else tuple(map_tensors(lambda t: tuple(t.shape), state))
@@ -697,9 +697,8 @@ def attention_maps(model: RMT, tokens: Tensor, state: State) -> tuple[Tensor, li
 
 
 def main():
-    """Walk one segment through a small model: shapes, mask, and the floats that each variant hands on."""
-    config = Config(vocab_size=10, segment_len=5, n_mem=2, d_model=16, n_head=2, cache_len=5)
-    model, tokens = RMT(config), torch.tensor([[3, 1, 4, 1, 5]])
+    """Walk one segment through a small model: the shapes, and the mask."""
+    model, tokens = RMT(Config(vocab_size=10, segment_len=5, n_mem=2, d_model=16)), torch.tensor([[3, 1, 4, 1, 5]])
     state, mask = model.initial_state(1), model.mask(5, 0)
     x = model.wrap(tokens, state.memory)
     y, _ = model.backbone(x, mask, state.carry)
@@ -710,10 +709,6 @@ def main():
     print("\nThe mask: rows look, columns are seen, x = may look")
     for name, row in zip(2 * ["read"] + 5 * ["tokens"] + 2 * ["write"], mask.tolist(), strict=True):
         print(f"{name:26}{' '.join('.x'[may] for may in row)}")
-    print("\nFloats per sequence that cross a segment boundary")
-    for name in VARIANTS:
-        _, state = unroll(RMT(replace(config, variant=name)), tokens)
-        print(f"{name:26}{sum(t.numel() for t in tensors(state))}")
 
 
 if __name__ == "__main__":

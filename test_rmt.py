@@ -124,6 +124,12 @@ def text(length, batch_size=2, seed=0):
     return torch.randint(V, (batch_size, length), generator=torch.Generator().manual_seed(seed))
 
 
+def floats_in_table(variant, sizes):
+    """The floats of a state, computed from the comment beside the variant's row in VARIANTS."""
+    comment = re.search(rf'"{variant}": .*\),\s+# (\S+(?: \S+)*)', SOURCE).group(1)
+    return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", "*", comment), {}, sizes)
+
+
 def loss_of(logits, tokens):
     """A loss that adds up over segments: every token is to be repeated."""
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
@@ -599,9 +605,8 @@ class TestMemory:
 
     @variants(PUBLISHED)
     def test_state_has_as_many_floats_as_the_table_of_variants_says(self, variant):
-        comment = re.search(rf'"{variant}": .*\),\s+# (\S+(?: \S+)*)', SOURCE).group(1)
         _, state = unroll(build(variant), text(12, batch_size=1))
-        assert sum(t.numel() for t in tensors(state)) == eval(re.sub(r"(?<=[\w)]) (?=[\w(])", "*", comment), {}, SIZES)
+        assert sum(t.numel() for t in tensors(state)) == floats_in_table(variant, SIZES)
 
     @variants(VARIANTS)
     @pytest.mark.parametrize("changes", [
@@ -1051,7 +1056,8 @@ class TestScripts:
         assert run.returncode == 0, run.stderr
         assert {path.name for path in (tmp_path / "a").iterdir()} == self.FILES
         result = json.loads((tmp_path / "a" / "result.json").read_text())["results"][variant]
-        scores = [score for n, row in result.items() if n != "cpu_seconds" for score in row.values()]
+        assert result["state_floats"] == floats_in_table(variant, {"L": 2, "C": 8, "D": 16, "M": 2, "K": 96})
+        scores = [score for n, row in result.items() if n.isdigit() for score in row.values()]
         assert len(scores) >= 6 and all(0 <= score <= 1 for score in scores)
         assert all((tmp_path / "a" / f"{name}.png").read_bytes()[1:4] == b"PNG" for name in ("training", "attention"))
 

@@ -21,21 +21,23 @@ from assets.run import fail, load, parse, setup, start, write, write_config, wri
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
-COPYING = {"model": "rmt", "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 900, "lr": 4e-3,
-           "curriculum": "grow", "write_slot": "both", "memory_noise": 0.0}  # with the embedding all seeds learn
-FACTS = {"model": "rmt", "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 1000, "lr": 3e-3,
+COPYING = {"model": "rmt", "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 900, "lr": 4e-3, "weight_decay": 0.01,
+           "curriculum": "grow", "write_slot": "both", "memory_noise": 0.0}    # with the embedding all seeds learn
+FACTS = {"model": "rmt", "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 1000, "lr": 3e-3, "weight_decay": 0.01,
          "curriculum": "random", "write_slot": "memory", "memory_noise": 1.0}  # noise makes a fact last
-PAIRS = FACTS | {"segment_len": 4, "batch": 64, "memory_noise": 0.0}
-RECIPES = {"copy": COPYING | {"segments": 9}, "reverse": COPYING | {"segments": 6}, "memorize": FACTS | {"segments": 8},
-           "detect": FACTS | {"segments": 8}, "retrieval": PAIRS | {"segments": 3},
-           "remember": PAIRS | {"segments": 9}, "rewrite": PAIRS | {"segments": 13},
-           "facts": FACTS | {"segments": 8, "segment_len": 12, "batch": 64},
-           "quadratic": FACTS | {"segments": 6, "segment_len": 30, "batch": 64, "curriculum": "fixed"}}
+PAIRS = {"model": "armt", "segment_len": 4, "n_mem": 4, "batch": 64, "steps": 1000, "lr": 3e-3, "weight_decay": 1.0,
+         "curriculum": "grow", "write_slot": "memory", "memory_noise": 0.0}    # weight decay makes values last
+RECIPES = {"copy": COPYING | {"segments": 9}, "reverse": COPYING | {"segments": 6},
+           "memorize": FACTS | {"segments": 8}, "detect": FACTS | {"segments": 8},
+           "retrieval": FACTS | {"segments": 3, "segment_len": 4, "batch": 64, "memory_noise": 0.0},
+           "remember": PAIRS | {"segments": 9}, "rewrite": PAIRS | {"segments": 13, "keys": 4},
+           "facts": PAIRS | {"segments": 8, "segment_len": 12},
+           "quadratic": COPYING | {"segments": 6, "segment_len": 30, "batch": 64, "curriculum": "fixed"}}
 FLAGS = {  # group, flag, default (None: in the task's recipe), help
     "task": {
         "task": ("copy", "copy, reverse, retrieval, remember, rewrite, memorize, detect, facts or quadratic"),
         "symbols": (10, "different symbols"),
-        "keys": (64, "different keys of remember and rewrite"),
+        "keys": (64, "different keys of remember; of rewrite, where the default is 4"),
         "facts": ("one", "what an answer of facts depends on: one fact, two, or relations between places"),
         "segments": (None, "segments of the longest training sample"),
         "segment_len": (None, "T, tokens per segment"),
@@ -58,6 +60,7 @@ FLAGS = {  # group, flag, default (None: in the task's recipe), help
         "steps": (None, "optimizer steps"),
         "batch": (None, "samples per step"),
         "lr": (None, "learning rate: 50 steps of warm-up, a linear fall over the second half"),
+        "weight_decay": (None, "of AdamW"),
         "bptt_depth": (-1, "boundaries that gradient crosses, -1 for all"),
         "checkpoint": (False, "recompute the activations of each segment: less memory, more time"),
         "bf16": (False, "bfloat16 autocast"),
@@ -84,7 +87,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from assets.figures import draw_attention, draw_training
-from assets.tasks import TASKS, check, text, vocabulary
+from assets.tasks import TASKS, check, longest, text, vocabulary
 from rmt import RMT, Config, generate, map_tensors, tensors, unroll
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -94,6 +97,13 @@ def build(args, variant):
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in FLAGS["model"].keys() - {"model", "baseline"}}
     return RMT(Config(variant, len(vocabulary(args)), args.segment_len, **sizes)).to(args.device)
+
+
+def state_floats(model):
+    """How many floats of each sequence cross a boundary, when a cache is full."""
+    tokens = torch.zeros(1, model.n_cache + 1, dtype=torch.long, device=model.memory.device)
+    with torch.no_grad():
+        return sum(t.numel() for t in tensors(unroll(model, tokens)[1]))
 
 
 def sample(args, model, segments, batch, generator):
@@ -136,7 +146,7 @@ def evaluate(args, model, segments, between=lambda state: state, free=True):
 def new_run(args, variant):
     """All that training changes, at step 0."""
     model = build(args, variant)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     return {"model": model, "optimizer": optimizer, "data": torch.Generator().manual_seed(args.seed), "step": 0,
             "unlocked": 1 if args.curriculum == "grow" else len(args.lengths), "loss": 0.0,
             "accuracy": dict.fromkeys(args.lengths, 0.0), "rows": [], "seconds": 0.0}
@@ -214,7 +224,7 @@ def report(args, runs):
     print(f"\nanswer symbols right, on fresh samples (chance {TASKS[args.task].chance(args):.3f})\n"
           "model            segments  teacher-forced    free-running   whole answers")
     for name, run in runs.items():
-        results[name] = {"cpu_seconds": round(run["seconds"], 1)}
+        results[name] = {"cpu_seconds": round(run["seconds"], 1), "state_floats": state_floats(run["model"])}
         for n in sorted({*args.lengths, *args.eval_segments}):
             results[name][n], samples = evaluate(args, run["model"], n)
             scores = "".join(f"{score:16.3f}" for score in results[name][n].values())
@@ -243,9 +253,7 @@ def report(args, runs):
 def main(args):
     """Check all there is to check before anything is written; train; report."""
     args.lengths = [n for n in range(2, args.segments + 1) if n % TASKS[args.task].multiple == 0]  # of training samples
-    longest = {"retrieval": args.symbols + 1, "remember": args.keys + 1, "quadratic": 6}  # where keys run out
-    longer = (min(n * args.segments, longest.get(args.task, n * args.segments)) for n in (2, 4))
-    args.eval_segments = args.eval_segments or sorted({*longer})
+    args.eval_segments = args.eval_segments or sorted({min(n * args.segments, longest(args)) for n in (2, 4)})
     names = [args.model] + [args.baseline] * (args.baseline not in ("none", args.model))
     try:
         check(args)
@@ -263,7 +271,7 @@ def main(args):
         fail(f"--out {args.out} cannot be {what}: {' '.join(str(reason).split())[:160]}")
     print(f"{args.task} over {args.segments} segments of {args.segment_len}: device {args.device}, seed {args.seed}, "
           f"{sum(p.numel() for p in models[0].parameters())} parameters, "
-          f"state of {sum(t.numel() for t in tensors(models[0].initial_state(1)))} floats, "
+          f"state of {state_floats(models[0])} floats, "
           f"at most {args.batch * args.segments * args.segment_len} tokens per step, files in {args.out}")
     for name in names:
         runs[name] = runs.get(name) or new_run(args, name)

@@ -58,6 +58,41 @@ def tables():
             yield f"| {task} | {noise} | {scores} | {published} |"
 
 
+ASSOCIATIVE = {  # what the associative tables call a model: its flags, its line
+    "`armt`, delta": ({"model": "armt", "update": "delta"}, "o-", "0"),
+    "`armt`, armt": ({"model": "armt", "update": "armt"}, "s--", "0.35"),
+    "`armt`, hebbian": ({"model": "armt", "update": "hebbian"}, "x:", "0.35"),
+    "`rmt`": ({"model": "rmt"}, "^-", "0.6"), "`transformer_xl`": ({"model": "transformer_xl"}, "v:", "0.6")}
+LENGTHS = {  # a column group of the associative table: the task's flags, and the segments it is read after
+    "rewrite": ({"task": "rewrite", "keys": 4}, (13, 129, 513, 1001)), "memorize": ({"task": "memorize"}, (8, 1000)),
+    "detect": ({"task": "detect"}, (8, 1000)), "facts": ({"task": "facts", "facts": "one"}, (8, 1000)),
+    "remember": ({"task": "remember"}, (9, 17, 33, 65))}
+
+
+def associative(flags, name):
+    """The result of each seed of one task and one model, by number of segments."""
+    runs = record("associative", **flags, **ASSOCIATIVE[name][0])
+    return [run["results"][run["flags"]["model"]] for run in runs]
+
+
+def held(accuracy, pairs, values=10):
+    """Pairs held, from the share of right answers: guesses taken off [ARMT]."""
+    return max(0, pairs * (values * accuracy - 1) / (values - 1))
+
+
+def associative_tables():
+    """The README's tables of the associative memory, line by line."""
+    for task, (flags, lengths) in LENGTHS.items():
+        shown = [f"{n - 1:,} pairs" if task in ("rewrite", "remember") else f"{n:,} segments" for n in lengths]
+        yield f"| {task} | {' | '.join(shown)} | floats | CPU s |"
+        yield "|---" * (len(lengths) + 3) + "|"
+        for name in ASSOCIATIVE:
+            runs = associative(flags, name)
+            cells = [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in lengths]
+            seconds = spread([run["cpu_seconds"] for run in runs], 0)
+            yield f"| {name} | {' | '.join(cells)} | {runs[0]['state_floats']:,} | {seconds} |"
+
+
 LANGUAGE = {  # what the language table calls a run: the flags in which it differs from RECIPE
     "`transformer`": {"model": "transformer"},
     "`transformer`, 1.5 times the steps": {"model": "transformer", "steps": 2250},
@@ -287,6 +322,45 @@ def draw_length():
     save(figure, "length")
 
 
+def draw_associative():
+    """Accuracy over length, with what was seen in training shaded, and pairs held over pairs shown."""
+    figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), layout="constrained")
+    for axis, (task, (flags, lengths)) in zip(axes, LENGTHS.items(), strict=True):
+        pairs = task == "remember"
+        for name, (_, line, color) in ASSOCIATIVE.items():
+            for i, run in enumerate(associative(flags, name)):
+                points = {int(n): score["teacher_forced"] for n, score in run.items() if n.isdigit()}
+                if pairs:
+                    points = {n - 1: held(score, n - 1) for n, score in points.items()}
+                axis.plot(points.keys(), points.values(), line, color=color, markersize=3, linewidth=1,
+                          label=name.replace("`", "") if i == 0 else None)
+        axis.axvspan(1 if pairs else 2, lengths[0] - pairs, color="0.9")
+        axis.set_xscale("log", base=2 if pairs else 10)
+        if pairs:
+            axis.set(xlabel="pairs shown", title="remember: pairs held", yscale="symlog", ylim=(0, 64))
+        else:
+            axis.axhline({"facts": 1 / 6}.get(task, 0.1), color="0.6", linewidth=0.8, linestyle=":")
+            axis.set(xlabel="segments of the sample", title=task, ylim=(0, 1.03))
+    axes[0].set_ylabel("right answers")
+    axes[0].legend(fontsize=8)
+    save(figure, "associative")
+
+
+def draw_diagonal():
+    """In which step each segment meets each layer: one after another, and along diagonals."""
+    n_layer, n_segments = 4, 8
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    for axis, name, wait in zip(axes, ("unroll", "unroll_diagonal"), (n_layer, 1), strict=True):
+        steps = [[wait * s + layer for s in range(n_segments)] for layer in range(n_layer)]
+        axis.imshow(steps, cmap="Greys", vmin=0, vmax=1.6 * steps[-1][-1], origin="lower")
+        for layer, row in enumerate(steps):
+            for s, step in enumerate(row):
+                axis.text(s, layer, step, ha="center", va="center", fontsize=9)
+        axis.set(xlabel="segment", ylabel="layer", xticks=range(n_segments), yticks=range(n_layer),
+                 title=f"{name}: {steps[-1][-1] + 1} steps for {n_layer * n_segments} cells")
+    save(figure, "diagonal")
+
+
 def draw_staircase():
     """A fact D segments back is learned where bptt_depth reaches it; mixed distances need a depth of 1 only."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained",
@@ -318,4 +392,6 @@ if __name__ == "__main__":
         draw_length()
         draw_staircase()
         draw_language()
-        print("\n".join([*tables(), *language_tables()]))
+        draw_associative()
+        draw_diagonal()
+        print("\n".join([*tables(), *language_tables(), *associative_tables()]))

@@ -67,7 +67,7 @@ def parse(description, flags, limits, recipes=None):
     for title, group in flags.items():
         group_parser = parser.add_argument_group(title)
         for name, (default, text) in group.items():
-            example = default if default is not None else next(iter(recipes.values()))[name]
+            example = default if default is not None else next(r[name] for r in recipes.values() if name in r)
             options = {"type": type(example)}
             if type(example) is bool:
                 options = {"action": "store_true"}

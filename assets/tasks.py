@@ -178,7 +178,7 @@ def facts(args, segments, batch, generator):
     noise = [ids(words)[torch.randint(len(words), (batch, n_sentences), generator=generator)] for words in NOISE]
     body = torch.stack(noise, dim=2)
     for sample in body:
-        told, question, answer = KINDS[args.facts](rng, rng.randint(2, min(6, n_sentences)))
+        told, question, answer = KINDS[args.facts](rng, rng.randint(min(2, n_sentences), min(6, n_sentences)))
         for place, sentence in zip(sorted(rng.sample(range(n_sentences), len(told))), told, strict=True):
             sample[place] = ids(sentence.split())
         ends.append(ids([*question.split(), answer]))
@@ -225,13 +225,15 @@ class Task(NamedTuple):
     adds: str = ""                                      # to the symbols: "noise" or "keys"
     multiple: int = 1                                   # its number of segments is a multiple of this
     least: int = 2                                      # the shortest segment
+    keys: str = ""                                      # the flag with the number of its keys, where none comes twice
 
 
 TASKS = {
-    "copy": Task(copy, multiple=3), "reverse": Task(reverse, multiple=2), "retrieval": Task(retrieval, least=4),
-    "remember": Task(remember, adds="keys", least=4), "rewrite": Task(rewrite, adds="keys", least=4),
+    "copy": Task(copy, multiple=3), "reverse": Task(reverse, multiple=2),
+    "retrieval": Task(retrieval, least=4, keys="symbols"),
+    "remember": Task(remember, adds="keys", least=4, keys="keys"), "rewrite": Task(rewrite, adds="keys", least=4),
     "memorize": Task(memorize, adds="noise"), "detect": Task(detect, adds="noise"),
-    "facts": Task(facts, lambda args: 1 / len(PLACES), least=12),
+    "facts": Task(facts, lambda args: 1 / len(PLACES), least=6),
     "quadratic": Task(quadratic, lambda args: 0.65, multiple=6, least=30)}  # which is the share of padding
 
 
@@ -252,6 +254,12 @@ def text(args, row):
     return ("" if max(map(len, words)) == 1 else " ").join(words[token] for token in row.tolist())
 
 
+def longest(args):
+    """The most segments that a sample can have."""
+    keys = TASKS[args.task].keys
+    return 6 if args.task == "quadratic" else getattr(args, keys) + 1 if keys else 10**9
+
+
 def check(args):
     """Raise ValueError with one line that says which size does not fit the task."""
     task = TASKS[args.task]
@@ -259,15 +267,15 @@ def check(args):
         raise ValueError(f"--curriculum {args.curriculum} must be grow, random or fixed")
     if args.facts not in KINDS:
         raise ValueError(f"--facts {args.facts} must be {', '.join(KINDS)}")
-    if args.segment_len < task.least:
-        raise ValueError(f"--segment-len {args.segment_len} must be at least {task.least} for --task {args.task}")
+    least = 12 if args.task == "facts" and args.facts == "two" else task.least  # the shortest sample has two sentences
+    if args.segment_len < least:
+        raise ValueError(f"--segment-len {args.segment_len} must be at least {least} for --task {args.task}")
     for n in (args.segments, *args.eval_segments):
         if n % task.multiple or n < 2:
             raise ValueError(f"{n} segments must be at least 2 and a multiple of {task.multiple} for --task "
                              f"{args.task}")
         if args.task == "quadratic" and (n, args.segment_len) != (6, 30):
             raise ValueError(f"{n} segments of {args.segment_len} must be 6 of 30 for --task quadratic")
-        for flag in {"retrieval": ["symbols"], "remember": ["keys"]}.get(args.task, []):
-            if getattr(args, flag) < n - 1:
-                raise ValueError(f"--{flag} {getattr(args, flag)} must be at least {n - 1}, a key for each pair of {n} "
-                                 "segments")
+        if n > longest(args):
+            raise ValueError(f"--{task.keys} {getattr(args, task.keys)} must be at least {n - 1}, a key for each pair "
+                             f"of {n} segments")
