@@ -34,7 +34,7 @@ References
     [TXL]     Dai, Yang, Yang, Carbonell, Le, Salakhutdinov. Transformer-XL. 2019, arXiv:1901.02860
     [MT]      Burtsev, Kuratov, Peganov, Sapunov. Memory Transformer. 2020, arXiv:2006.11527
     [ARMT]    Rodkin, Kuratov, Bulatov, Burtsev. Associative Recurrent Memory Transformer. 2024, arXiv:2407.04841
-    [DB]      Sivtsov, Rodkin, Kuzmin, Kuratov, Oseledets. Diagonal Batching ... 2025, arXiv:2506.05229
+    [DB]      Sivtsov et al. Diagonal Batching Unlocks Parallelism in Recurrent Memory ... 2025, arXiv:2506.05229
 """
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -129,12 +128,6 @@ def tensors(tree) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------- 2. the Transformer layer
 # In: rows x (B, N, D) and a mask. Out: rows of the same shape.
 
-def rope_table(n_position: int, d_head: int) -> Tensor:
-    """Cosines and sines of the rotary angles of positions 0 .. n_position - 1: (2, n_position, E / 2)."""
-    angle = torch.arange(n_position)[:, None] * 10000.0 ** (-torch.arange(0, d_head, 2) / d_head)
-    return torch.stack([angle.cos(), angle.sin()])
-
-
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate x (B, H, n, E) to the positions whose angles are in rope (2, n, E / 2)."""
     cos, sin = rope.to(x.dtype)
@@ -144,16 +137,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     """nn.Linear, or those of l layers at once: x (l B, n, in), weight (l, out, in), bias (l, out); unroll_diagonal."""
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
-def linear(x, weight, bias=None):
-    """x (B, n, in) -> (B, n, out), see Linear."""
-    if weight.dim() == 2:
-        return F.linear(x, weight, bias)
-    y = x.reshape(len(weight), -1, x.size(-1)) @ weight.mT
-    return (y if bias is None else y + bias[:, None]).view(*x.shape[:2], -1)
+    def forward(self, x, out=None):
+        """x (B, n, in) -> (B, n, out), or the slice `out` of it."""
+        weight = self.weight if out is None else self.weight[..., out, :]
+        if weight.dim() == 2:
+            return F.linear(x, weight, self.bias)
+        y = x.reshape(len(weight), -1, x.size(-1)) @ weight.mT
+        return (y if self.bias is None else y + self.bias[:, None]).view(*x.shape[:2], -1)
 
 
 class Norm(nn.LayerNorm):
@@ -176,8 +166,9 @@ class Attention(nn.Module):
         self.n_head, self.n_read, self.n_cache = config.n_head, n_read, n_cache
         self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = Linear(config.d_model, config.d_model, bias=False)
-        n_position = n_cache + config.segment_len + 2 * config.n_mem
-        self.register_buffer("rope", rope_table(n_position, config.d_model // config.n_head), persistent=False)
+        position, E = torch.arange(n_cache + config.segment_len + 2 * config.n_mem), config.d_model // config.n_head
+        angle = position[:, None] * 10000.0 ** (-torch.arange(0, E, 2) / E)
+        self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]), persistent=False)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, past: list | None = None) -> Tensor:
         """x (B, N, D), context (B, c + N, D), mask (N, c + N), True = may look, None = causal -> (B, N, D).
@@ -195,8 +186,8 @@ class Attention(nn.Module):
         if c == 0:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
-            w_q, w_kv = self.qkv.weight.tensor_split([x.size(2)], dim=-2)
-            q, (k, v) = linear(x, w_q), linear(context, w_kv).chunk(2, dim=-1)
+            D = x.size(-1)
+            q, (k, v) = self.qkv(x, slice(0, D)), self.qkv(context, slice(D, 3 * D)).chunk(2, dim=-1)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
         q, k = rotate(q, self.angles(n, 0, done)), rotate(k, self.angles(n, c, done))
         if past is not None:
@@ -246,8 +237,6 @@ class Block(nn.Module):
 # -------------------------------------------------------------------------------------------- 3. what a layer can carry
 # In: x, mask and the layer's carry. Out: x and the next carry.
 
-EPS = 1e-5  # where an associative memory divides
-
 class CacheBlock(Block):
     """Tokens also see this layer's inputs for the tokens before the segment, gradient stopped [TXL].
 
@@ -274,7 +263,7 @@ class CacheBlock(Block):
 
 
 def dpfp(x: Tensor, nu: int) -> Tensor:
-    """Deterministic parameter-free projection, x (..., d) -> (..., 2 nu d), nowhere negative [ARMT] sec. 2."""
+    """Deterministic parameter-free projection, x (..., d) -> (..., 2 nu d), nowhere negative [ARMT]."""
     r = torch.cat([x.relu(), (-x).relu()], dim=-1)
     return torch.cat([r * r.roll(j, -1) for j in range(1, nu + 1)], dim=-1)
 
@@ -293,7 +282,7 @@ class AssociativeBlock(Block):
     """
     def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
         super().__init__(config, n_read, n_write)
-        D, d, self.nu, self.update = config.d_model, config.d_assoc, config.nu, config.update
+        D, d, self.nu, self.update, self.eps = config.d_model, config.d_assoc, config.nu, config.update, 1e-5
         self.w_q, self.w_k, self.w_v = (Linear(D, width, bias=False) for width in (d, d, D))
         self.w_b = Linear(D, 1)
 
@@ -305,30 +294,31 @@ class AssociativeBlock(Block):
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
         """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
-        x = x + self.recall(self.phi(self.w_q(x), carry), *carry).to(x.dtype)
+        x = x + self.recall(self.phi(self.w_q(x)), *carry).to(x.dtype)
         x, _ = super().forward(x, mask, (), past)
         return x, self.write(x[:, x.size(1) - self.n_write:], *carry) if past is None else carry
 
-    def phi(self, x, carry):
+    def phi(self, x):
         """The features by which A is looked up, x (B, n, d_assoc) -> (B, n, K)."""
-        phi = dpfp(x.to(carry[0].dtype), self.nu)
-        return phi if self.update == "armt" else phi / (phi.norm(dim=-1, keepdim=True) + EPS)
+        phi = dpfp(x.to(torch.promote_types(x.dtype, torch.float32)), self.nu)
+        return phi if self.update == "armt" else phi / (phi.norm(dim=-1, keepdim=True) + self.eps)
 
     def recall(self, phi, A, z=None):
         """What A says of phi (B, n, K): (B, n, D)."""
         with torch.autocast(phi.device.type, enabled=False):
             value = phi @ A.mT
-            return value if z is None else value / (phi @ z[..., None] + EPS)
+            return value if z is None else value / (phi @ z[..., None] + self.eps)
 
     def write(self, m, A, z=None):
         """The carry after the write rows m (B, M, D), all of which correct the same old A."""
-        k, v = self.phi(self.w_k(m), (A,)), self.w_v(m).to(A.dtype)
+        k, v = self.phi(self.w_k(m)), self.w_v(m).to(A.dtype)
         new = v if self.update == "hebbian" else v - self.recall(k, A, z)
         with torch.autocast(m.device.type, enabled=False):
             A = torch.baddbmm(A, (self.w_b(m).to(A.dtype).sigmoid() * new).mT, k)
             if z is None:
                 return (A,)
-            gamma = (1 - (k @ z[..., None] + EPS) / (k.square().sum(-1, keepdim=True) + EPS)).clamp(0, 1).detach()
+            known, length = k @ z[..., None], k.square().sum(-1, keepdim=True)
+            gamma = (1 - (known + self.eps) / (length + self.eps)).clamp(0, 1).detach()
             return A, z + (gamma * k).sum(dim=1)
 
 
@@ -383,7 +373,6 @@ class Transformer(nn.Module):
 
 class Variant(NamedTuple):
     """What makes a member of the family."""
-
     read: bool       # memory tokens before the segment
     write: bool      # memory tokens after the segment
     recurrent: bool  # is the output at the write rows (without them: the read rows) the next segment's memory?
@@ -500,10 +489,9 @@ class RMT(nn.Module):
         return segment_mask(self.n_read, n_cache, n_tokens, self.n_write, form, self.memory.device)
 
     def fixed(self, state):
-        """What of a state's shapes is the same in every segment and batch: all but B and the length of a cache."""
-        first = 2 if self.n_cache else 1
-        return [map_tensors(lambda t: t.shape[1:], state.memory),
-                map_tensors(lambda t: (t.dim(), *t.shape[first:]), state.carry)]
+        """What of a state's shapes is always the same: all but B and the length of a cache."""
+        kept = map_tensors(lambda t: (t.dim(), *t.shape[2 if self.n_cache else 1:]), state)
+        return kept, getattr(state.memory, "shape", ())[1:]
 
 
 def check(model, tokens, state=None):
@@ -554,8 +542,7 @@ def unroll(model, tokens: Tensor, state: State | None = None, bptt_depth: int | 
     state = model.initial_state(len(tokens)) if state is None else state
     segments = tokens.split(model.config.segment_len, dim=1)
     for segment, cut in zip(segments, cuts(len(segments), bptt_depth), strict=True):
-        if cut:
-            state = state.detach()
+        state = state.detach() if cut else state
         logits, state = recompute(model, segment, state, use_reentrant=False) if checkpoint else model(segment, state)
         outputs.append(logits)
     return torch.cat(tuple(outputs), dim=1), state
@@ -598,7 +585,6 @@ def unroll_diagonal(model, tokens: Tensor, state: State | None = None, bptt_dept
         outputs.append(logits)
 
     stacked = {name: torch.stack([b.get_parameter(name) for b in blocks]) for name, _ in blocks[0].named_parameters()}
-    run = partial(recompute, functional_call, use_reentrant=False) if checkpoint else functional_call
     mask, x, carry = model.mask(T, model.n_cache), [None] * (L + 1), list(state.carry)  # x, carry: a layer's next input
     for step in range(S + L - 1 if S else 0):
         busy = range(max(0, step - S + 1), min(L, step + 1))  # layers
@@ -609,7 +595,8 @@ def unroll_diagonal(model, tokens: Tensor, state: State | None = None, bptt_dept
         for l in busy:
             carry[l] = map_tensors(torch.detach, carry[l]) if cut[first + step - l] else carry[l]
         rows, *carries = [torch.cat(parts) for parts in zip(*((x[l], *carry[l]) for l in busy), strict=True)]
-        rows, carries = run(blocks[0], weights, (rows, mask, tuple(carries)))
+        cell = blocks[0], weights, (rows, mask, tuple(carries))
+        rows, carries = recompute(functional_call, *cell, use_reentrant=False) if checkpoint else functional_call(*cell)
         for l, *parts in zip(busy, *(t.split(len(tokens)) for t in (rows, *carries)), strict=True):
             x[l + 1], carry[l] = parts[0], tuple(parts[1:])
         if busy.stop == L:
@@ -629,12 +616,10 @@ def stream(model, tokens: Tensor, state: State | None = None, temperature: float
 
     A new token costs one row, whose keys and values are kept until the segment is full and hands its state on; a
     backbone other than Transformer recomputes the segment so far. Temperature 0 takes the most likely token, top_k
-    samples among the k most likely. Call model.eval() first. Raises ValueError or TypeError, when the first token is
-    asked for, for bad arguments and for a variant in which tokens see their own future.
+    samples among the k most likely. Call model.eval() first. Raises ValueError or TypeError with the first token.
     """
     check(model, tokens)
-    require(model.variant.mask != "full",
-            f"{model.config.variant!r} sees whole segments and cannot generate: use 'rmt'")
+    require(model.variant.mask != "full", f"{model.config.variant!r} sees whole segments and cannot generate: use rmt")
     require(type(temperature) in (int, float) and (temperature == 0 or 1e-4 <= temperature < math.inf),
             f"temperature={temperature!r} must be 0 (the most likely token) or a finite number from 1e-4 up")
     require(top_k is None or (type(top_k) is int and top_k > 0), f"top_k={top_k!r} must be None or an integer above 0")

@@ -466,7 +466,7 @@ def read(block, keys, carry):
     """What the memory says of keys (n, d_assoc): (n, n_value)."""
     d_assoc = keys.size(1)
     rows = F.pad(keys, (0, block.w_v.weight.size(1) - d_assoc))[None]
-    return block.recall(block.phi(block.w_q(rows), carry), *carry)[0, :, :-d_assoc]
+    return block.recall(block.phi(block.w_q(rows)), *carry)[0, :, :-d_assoc]
 
 
 def associative_in_loops(block, x, carry):
@@ -701,7 +701,7 @@ class TestAssociative:
         weights = [block.w_q.weight, block.w_k.weight, block.w_v.weight, block.w_b.weight, block.w_b.bias, x]
         _, carry = associative_in_loops(block, x, associative_in_loops(block, x.flip(1), carry)[1])
         for known in (associative_in_loops(block, x, carry),
-                      (block.recall(block.phi(block.w_q(x), carry), *carry), block.write(x[:, -M:], *carry))):
+                      (block.recall(block.phi(block.w_q(x)), *carry), block.write(x[:, -M:], *carry))):
             loss = sum(t.sin().sum() for t in tensors(known))
             results.append([*tensors(known), *torch.autograd.grad(loss, weights, retain_graph=True)])
         assert_close(*results, tolerance=1e-10)
@@ -761,7 +761,7 @@ class TestAssociative:
     def test_an_empty_memory_says_nothing_and_the_order_of_writes_in_a_segment_does_not_count(self, update):
         model = build(f"armt by {update}")
         for block, carry in zip(model.backbone.blocks, model.initial_state(2).carry, strict=True):
-            assert not block.recall(block.phi(torch.randn(2, 5, 4), carry), *carry).any()
+            assert not block.recall(block.phi(torch.randn(2, 5, 4)), *carry).any()
             m = torch.randn(2, 6, D)
             once = block.write(torch.randn(2, 6, D), *carry)
             assert_close(block.write(m, *once), block.write(m.flip(1), *once))
