@@ -30,7 +30,9 @@ PAIRS = {"model": "armt", "segment_len": 4, "n_mem": 4, "batch": 64, "steps": 10
 RECIPES = {"copy": COPYING | {"segments": 9}, "reverse": COPYING | {"segments": 6},
            "memorize": FACTS | {"segments": 8}, "detect": FACTS | {"segments": 8},
            "retrieval": FACTS | {"segments": 3, "segment_len": 4, "batch": 64, "memory_noise": 0.0},
-           "remember": PAIRS | {"segments": 9}, "rewrite": PAIRS | {"segments": 13, "keys": 4},
+           "remember": PAIRS | {"segments": 9}, "rewrite": PAIRS | {
+               "segments": 13, "keys": 4, "n_mem": 2, "batch": 32, "steps": 600, "lr": 2e-3, "curriculum": "random",
+               "write_slot": "both"},
            "facts": PAIRS | {"segments": 8, "segment_len": 6},
            "quadratic": COPYING | {"segments": 6, "segment_len": 30, "batch": 64, "curriculum": "fixed"}}
 FLAGS = {  # group, flag, default (None: in the task's recipe), help
