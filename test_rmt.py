@@ -686,6 +686,9 @@ class TestMemory:
         for name, weight in model.named_parameters():
             size = expected.get(re.sub(r".*\d\.(?=attn|mlp)", "", name), fan_in)
             assert (weight == 1).all() if "norm" in name else abs(weight.std() / size - 1) < 0.05
+        for block in RMT(replace(model.config, variant="armt")).backbone.blocks:
+            assert not block.w_v.weight.any() and torch.equal(block.w_q.weight, block.w_k.weight)
+            assert abs(block.w_q.weight.std() / fan_in - 1) < 0.1
 
 
 UPDATES = ["delta", "armt", "hebbian"]
@@ -2036,7 +2039,7 @@ def test_mask_and_checks_cost_little(size, one_thread):
 # ----------------------------------------------------------------------------------------------------------- mutations
 
 MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that notices
-    ("truncation is a no-op", "state = state.detach()  # never", "state.detach()  # never",
+    ("truncation is a no-op", "state = state.detach() if cut else state", "cut",
      "test_truncated_gradient_reaches_exactly_bptt_depth_segments_back"),
     ("the initial memory is cut off", " and s > 0 and ", " and ", "test_initial_memory_learns_at_every_depth"),
     ("depth counts segments, not boundaries", "% (bptt_depth + 1)", "% max(1, bptt_depth)",
@@ -2045,14 +2048,15 @@ MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that
      "test_truncated_gradient_is_its_share_of_the_full_one"),
     ("the replay loses the gradient to the state", "recompute(model, segment, state,",
      "recompute(model, segment, state.detach(),", "test_checkpointed_gradients_equal_plain_ones"),
-    ("the replay draws other noise", "use_reentrant=False)", "use_reentrant=False, preserve_rng_state=False)",
+    ("the replay draws other noise", "segment, state, use_reentrant=False)",
+     "segment, state, use_reentrant=False, preserve_rng_state=False)",
      "test_checkpointed_gradients_equal_plain_ones"),
-    ("a stop forgets the state", "if state is None else state\n    T, outputs", "\n    T, outputs",
+    ("a stop forgets the state", "if state is None else state\n    segments = tokens", "\n    segments = tokens",
      "test_stop_save_load_and_resume_equals_one_run"),
     ("the future leaks through read rows in two hops", "now[:n_read, :n_read] = True", "now[:n_read] = True",
      "test_no_token_sees_the_future"),
     ("tokens see later tokens", "now.tril_()", "now.tril_(1)", "test_no_token_sees_the_future"),
-    ("an encoder is causal", 'form = "full" if', 'form = "paper" if',
+    ("an encoder is causal", "else self.variant.mask", 'else "causal"',
      "test_an_encoder_sees_its_whole_segment_and_no_later_one"),
     ("write rows see the cache", "past[n - n_write:] = False", "past[n - n_write:] = True",
      "test_mask_equals_its_picture"),
@@ -2095,6 +2099,35 @@ MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that
      "test_a_new_token_costs_one_row_and_a_new_segment_one_pass"),
     ("top_k is one too many", "min(top_k, logits", "min(top_k + 1, logits",
      "test_generate_samples_the_softmax_of_the_most_likely_tokens"),
+    ("gradient flows through gamma", ".clamp(0, 1).detach()", ".clamp(0, 1)",
+     "test_reads_writes_and_their_gradients_equal_the_equations_in_loops"),
+    ("every key is new", ".clamp(0, 1).detach()", ".clamp(1, 1).detach()", "test_one_key_written_1_to_5_reads_1_to_5"),
+    ("z normalises nothing", "value if z is None else value / (phi", "value if True else value / (phi",
+     "test_reads_writes_and_their_gradients_equal_the_equations_in_loops"),
+    ("delta keeps the length of its keys", 'phi if self.update == "armt" else', 'phi if self.update != "hebbian" else',
+     "test_reads_writes_and_their_gradients_equal_the_equations_in_loops"),
+    ("hebbian corrects", 'v if self.update == "hebbian" else', 'v if self.update == "hebb" else',
+     "test_one_key_written_1_to_5_reads_1_to_5"),
+    ("the memory is read after the norm", "self.phi(self.w_q(x))", "self.phi(self.w_q(self.norm_1(x)))",
+     "test_a_layer_reads_before_its_first_norm_and_writes_what_comes_out"),
+    ("a part of a segment writes", "if past is None else carry", "if True else carry",
+     "test_a_layer_reads_before_its_first_norm_and_writes_what_comes_out"),
+    ("an untrained memory speaks", '"w_v.weight": 0.0', '"w_v.weight": 0.1',
+     "test_untrained_associative_memory_leaves_the_plain_model"),
+    ("keys begin elsewhere than queries", "w_k.weight.copy_(block.w_q.weight)", "w_k.weight.copy_(block.w_k.weight)",
+     "test_weights_start_at_the_size_their_table_gives"),
+    ("the memory is in half precision", "torch.promote_types(weight.dtype, torch.float32)", "weight.dtype",
+     "test_z_never_decreases_and_the_memory_stays_in_float32_under_autocast"),
+    ("autocast reaches the memory", "torch.autocast(m.device.type, enabled=False)", "torch.autocast(m.device.type)",
+     "test_z_never_decreases_and_the_memory_stays_in_float32_under_autocast"),
+    ("all layers of a diagonal are the first", "weight[busy.start:busy.stop]", "weight[[0] * len(busy)]",
+     "test_diagonals_equal_the_loop_over_segments"),
+    ("diagonals ignore the depth", "if cut[first + step - l] else", "if False else",
+     "test_diagonals_equal_the_loop_over_segments"),
+    ("diagonals cut a segment late", "cut[first + step - l]", "cut[first + step - l - 1]",
+     "test_diagonals_equal_the_loop_over_segments"),
+    ("a short last segment is never cut off", "state.detach() if cut[-1] else state", "state",
+     "test_diagonals_equal_the_loop_over_segments"),
     ("attention maps leave hooks behind", "            hook.remove()", "            hook",
      "test_attention_maps_equal_loops_and_leave_the_model_as_it_was"),
 ]
@@ -2121,13 +2154,19 @@ SCRIPT_MUTATIONS = [  # the story, the file, a fragment of it, what it becomes, 
      "test_a_stopped_and_killed_language_model_resumes_to_the_same_numbers"),
     ("the vocabulary is that of the whole text", "train_lm.py", "set(raw[:cuts[1]])", "set(raw)",
      "test_a_text_is_cut_90_5_5_and_has_the_characters_of_its_first_part"),
+    ("the first value of a key counts", "assets/tasks.py", "n_pairs - 1 - (keys == asked[:, None]).flip(1)",
+     "(keys == asked[:, None])", "test_remember_and_rewrite_ask_for_the_last_value_of_a_key"),
+    ("what is dropped moves on", "assets/tasks.py", "            del holder[held[0]]\n", "",
+     "test_answers_of_facts_follow_from_the_sentences"),
+    ("both roots are one", "assets/tasks.py", "{root})/2={r}", "{root})/2={s}",
+     "test_quadratic_equations_are_solved_in_six_fields"),
     ("what comes is not checked", "assets/run.py", "if found != sha256:", "if not found:",
      "test_a_download_is_kept_checked_and_never_half_there"),
     ("a file is written in place", "assets/run.py", "        writer(temporary)\n", "        writer(path)\n",
      "test_a_full_disk_is_one_line_and_leaves_a_whole_checkpoint"),
 ]
 ALL_MUTATIONS = [*((story, "rmt.py", *rest) for story, *rest in MUTATIONS), *SCRIPT_MUTATIONS]
-SCRIPTS = ("train_copy.py", "train_lm.py", "assets/run.py", "assets/figures.py")
+SCRIPTS = ("train_copy.py", "train_lm.py", "assets/run.py", "assets/tasks.py", "assets/figures.py")
 
 
 def run_on_a_copy(sources, names, folder):
