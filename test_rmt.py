@@ -686,7 +686,7 @@ class TestMemory:
         for name, weight in model.named_parameters():
             size = expected.get(re.sub(r".*\d\.(?=attn|mlp)", "", name), fan_in)
             assert (weight == 1).all() if "norm" in name else abs(weight.std() / size - 1) < 0.05
-        for block in RMT(replace(model.config, variant="armt")).backbone.blocks:
+        for block in RMT(replace(model.config, variant="armt", d_assoc=64)).backbone.blocks:
             assert not block.w_v.weight.any() and torch.equal(block.w_q.weight, block.w_k.weight)
             assert abs(block.w_q.weight.std() / fan_in - 1) < 0.1
 
