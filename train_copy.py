@@ -25,15 +25,15 @@ COPYING = {"model": "rmt", "segment_len": 8, "n_mem": 8, "batch": 16, "steps": 9
            "curriculum": "grow", "write_slot": "both", "memory_noise": 0.0}    # with the embedding all seeds learn
 FACTS = {"model": "rmt", "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 1000, "lr": 3e-3, "weight_decay": 0.01,
          "curriculum": "random", "write_slot": "memory", "memory_noise": 1.0}  # noise makes a fact last
-PAIRS = {"model": "armt", "segment_len": 4, "n_mem": 4, "batch": 64, "steps": 1000, "lr": 3e-3, "weight_decay": 1.0,
+PAIRS = {"model": "armt", "segment_len": 2, "n_mem": 4, "batch": 64, "steps": 1200, "lr": 3e-3, "weight_decay": 1.0,
          "curriculum": "grow", "write_slot": "memory", "memory_noise": 0.0}    # weight decay makes values last
 RECIPES = {"copy": COPYING | {"segments": 9}, "reverse": COPYING | {"segments": 6},
            "memorize": FACTS | {"segments": 8}, "detect": FACTS | {"segments": 8},
            "retrieval": FACTS | {"segments": 3, "segment_len": 4, "batch": 64, "memory_noise": 0.0},
-           "remember": PAIRS | {"segments": 9}, "rewrite": PAIRS | {
-               "segments": 13, "keys": 4, "n_mem": 2, "batch": 32, "steps": 600, "lr": 2e-3, "curriculum": "random",
-               "write_slot": "both"},
-           "facts": PAIRS | {"segments": 8, "segment_len": 6},
+           "remember": PAIRS | {"segments": 9},
+           "rewrite": PAIRS | {"segments": 13, "keys": 4, "n_mem": 2, "batch": 32, "steps": 600, "lr": 2e-3,
+                               "curriculum": "random", "write_slot": "both"},
+           "facts": PAIRS | {"segments": 8, "segment_len": 6, "steps": 800},
            "quadratic": COPYING | {"segments": 6, "segment_len": 30, "batch": 64, "curriculum": "fixed"}}
 FLAGS = {  # group, flag, default (None: in the task's recipe), help
     "task": {

@@ -271,7 +271,7 @@ def draw_map(axis, weights, widths, names):
 
 
 def draw_method():
-    """Three segments, the memory handed over the top, the cache handed on inside each layer."""
+    """Three segments, the memory handed over the top, the carry handed on inside each layer."""
     figure, axis = plt.subplots(figsize=(10, 3.5), layout="constrained")
     for s in range(3):
         x = 4.2 * s
@@ -294,7 +294,7 @@ def draw_method():
                 axis.plot([x + 4.7, x + end, x + end], [-0.5, -0.5, -0.1], color="black", lw=2)
                 axis.annotate("", (x + end, 0.2), (x + end, -0.2), arrowprops={"arrowstyle": "-|>", "lw": 2})
     axis.text(3.6, 3.25, "memory: the output of the write\nrows, over the top (RMT)", ha="center", fontsize=8.5)
-    axis.text(7.8, 3.25, "cache: inside each layer,\ndotted (Transformer-XL)", ha="center", fontsize=8.5)
+    axis.text(7.8, 3.25, "carry: inside each layer, dotted\n(Transformer-XL, ARMT)", ha="center", fontsize=8.5)
     axis.set(xlim=(-0.2, 11.6), ylim=(-0.7, 3.9))
     axis.axis("off")
     save(figure, "method")

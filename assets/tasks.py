@@ -48,40 +48,41 @@ def retrieval(args, segments, batch, generator):
         input    7 | 2 |   5 | 9 |   7 ?
         target   . . . .   . . . .   . 2
     """
-    keys = torch.rand(batch, args.symbols, generator=generator).argsort(dim=1)[:, :segments - 1]
-    return pairs(args, keys, generator)
+    keys = torch.rand(batch, args.symbols, generator=generator).argsort(dim=1)[:, :segments - 1].short()
+    return pairs(args, keys, generator, mark=special(args, "|"), question=special(args, "?"))
 
 
 def remember(args, segments, batch, generator):
-    """As retrieval, with keys that are no symbols, so that there can be many pairs [ARMT].
+    """A key and its value in each segment, no key twice, and one key that comes again [ARMT], without marks.
 
-        input    k7 | 2 |   k1 | 9 |   k7 ?
-        target    . . . .    . . . .    . 2
+        input    k7 2   k1 9   k7        (--segment-len 2)
+        target    . .    . .    2
     """
-    keys = torch.rand(batch, args.keys, generator=generator).argsort(dim=1)[:, :segments - 1]
+    keys = torch.rand(batch, args.keys, generator=generator).argsort(dim=1)[:, :segments - 1].short()
     return pairs(args, special(args, "a") + keys, generator)
 
 
 def rewrite(args, segments, batch, generator):
-    """As remember, but keys come again, and the last value counts [ARMT].
+    """As remember, but keys get new values, and the last value counts [ARMT].
 
-        input    k7 | 2 |   k1 | 9 |   k7 | 5 |   k7 ?
-        target    . . . .    . . . .    . . . .    . 5
+        input    k7 2   k1 9   k7 5   k7        (--segment-len 2)
+        target    . .    . .    . .    5
     """
     keys = torch.randint(args.keys, (batch, segments - 1), generator=generator, dtype=torch.int16)
     return pairs(args, special(args, "a") + keys, generator)
 
 
-def pairs(args, keys, generator):
-    """One key and value in each segment, keys (B, pairs), then a question about a key that was there."""
-    (batch, n_pairs), width, some = keys.shape, args.segment_len - 3, torch.arange(len(keys))
-    values = torch.randint(args.symbols, (batch, n_pairs, width), generator=generator, dtype=torch.int16)
-    asked = keys[some, torch.randint(n_pairs, (batch,), generator=generator)]
-    last = n_pairs - 1 - (keys == asked[:, None]).flip(1).byte().argmax(dim=1)
-    marks = torch.full((batch, n_pairs, 1), special(args, "|"), dtype=torch.int16)
-    body = torch.cat([keys[..., None].short(), marks, values, marks], dim=2).flatten(1)
-    question = torch.full((batch, 1), special(args, "?"), dtype=torch.int16)
-    return torch.cat([body, asked[:, None].short(), question, values[some, last]], dim=1), width
+def pairs(args, keys, generator, **marks):
+    """One of keys (B, pairs) and its value in each segment, then a key that was there; marks, if any, close both."""
+    (batch, n_pairs), n, some = keys.shape, args.segment_len - 1 - 2 * bool(marks), torch.arange(len(keys))
+    values = torch.randint(args.symbols, (batch, n_pairs, n), generator=generator, dtype=torch.int16)
+    asked = keys[some, torch.randint(n_pairs, (batch,), generator=generator)][:, None]
+    last = n_pairs - 1 - (keys == asked).flip(1).byte().argmax(dim=1)
+    parts, end = [keys[..., None], values], [asked]
+    if marks:
+        mark = torch.full((batch, n_pairs, 1), marks["mark"], dtype=torch.int16)
+        parts, end = [keys[..., None], mark, values, mark], [asked, torch.full_like(asked, marks["question"])]
+    return torch.cat([torch.cat(parts, dim=2).flatten(1), *end, values[some, last]], dim=1), n
 
 
 def memorize(args, segments, batch, generator, where=0):
@@ -118,7 +119,7 @@ SIDES = "north south east west".split()
 NOISE = ["the".split(), "old quiet green narrow".split(), "river road wind stone".split(),
          "follows crosses meets leaves".split(), "hills fields clouds trees".split(), ".".split()]  # one of each
 WORDS = list(dict.fromkeys([*PEOPLE, *OBJECTS, *PLACES, *SIDES, *chain(*NOISE),
-                            *"went to took dropped there is where what of ? _".split()]))
+                            *"went to took dropped there is where what of _".split()]))
 
 
 def one_fact(rng, n):
@@ -129,7 +130,7 @@ def one_fact(rng, n):
         at[person] = place
         facts.append(f"{person} went to the {place} .")
     person = rng.choice(list(at))
-    return facts, f"where is {person} ?", at[person]
+    return facts, f"where is {person}", at[person]
 
 
 def two_facts(rng, n):
@@ -152,7 +153,7 @@ def two_facts(rng, n):
             at[person] = rng.choice(PLACES)
             facts.append(f"{person} went to the {at[person]} .")
     thing = rng.choice([*holder, *lies])
-    return facts, f"where is the {thing} ?", at[holder[thing]] if thing in holder else lies[thing]
+    return facts, f"where is the {thing}", at[holder[thing]] if thing in holder else lies[thing]
 
 
 def relations(rng, n):
@@ -160,7 +161,7 @@ def relations(rng, n):
     places = rng.sample(PLACES, min(n + 1, len(PLACES)))
     links = [(a, rng.choice(SIDES), b) for a, b in pairwise(places)]
     (a, side, b), told = rng.choice(links), rng.sample(links, len(links))
-    question, answer = rng.choice([(f"what is {side} of {b} ?", a), (f"{a} is {side} of what ?", b)])
+    question, answer = rng.choice([(f"what is {side} of {b}", a), (f"{a} is {side} of what", b)])
     return [f"{a} is {side} of {b} ." for a, side, b in told], question, answer
 
 
@@ -170,8 +171,8 @@ KINDS = {"one": one_fact, "two": two_facts, "relations": relations}
 def facts(args, segments, batch, generator):
     """Sentences of a small world scattered in noise, six tokens each, and a question, in the manner of bAbI [BABI].
 
-        input    mary went to the office .  the old river meets trees .   where is mary ?       (--segment-len 12)
-        target   .    .    .  .   .      .  .   .   .     .     .     .   .     .  .    office
+        input    mary went to the office .   the old river meets trees .   where is mary     (--segment-len 6)
+        target   .    .    .  .   .      .   .   .   .     .     .     .   .     .  office
     """
     rng = random.Random(torch.randint(2**62, (), generator=generator).item())
     n_sentences, ends = (segments - 1) * args.segment_len // 6, []
@@ -231,7 +232,7 @@ class Task(NamedTuple):
 TASKS = {
     "copy": Task(copy, multiple=3), "reverse": Task(reverse, multiple=2),
     "retrieval": Task(retrieval, least=4, keys="symbols"),
-    "remember": Task(remember, adds="keys", least=4, keys="keys"), "rewrite": Task(rewrite, adds="keys", least=4),
+    "remember": Task(remember, adds="keys", keys="keys"), "rewrite": Task(rewrite, adds="keys"),
     "memorize": Task(memorize, adds="noise"), "detect": Task(detect, adds="noise"),
     "facts": Task(facts, lambda args: 1 / len(PLACES), least=6),
     "quadratic": Task(quadratic, lambda args: 0.65, multiple=6, least=30)}  # which is the share of padding
