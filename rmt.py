@@ -75,11 +75,11 @@ class Config:
     cache_len: int = 32          # C, cached positions per layer
     d_assoc: int = 16            # width of associative keys before dpfp; after it K = 2 nu d_assoc
     nu: int = 3                  # how many products dpfp makes of every channel
-    update: str = "delta"        # of the associative memory; "armt": the paper's; "hebbian": adds, never rewrites
+    update: str = "delta"        # of the associative memory: lasts longest; "armt" [ARMT]; "hebbian": cannot rewrite
     memory_form: str = "norm"    # handed on: written rows after the final norm [RMT], or "raw", the residual stream
     write_slot: str = "memory"   # fed to the write rows: the incoming memory [RMT], an "embedding", or "both" added up
     memory_mask: str = "paper"   # a memory block sees itself both ways; "causal": it does not, fast kernels on a GPU
-    memory_noise: float = 0.0    # in training, noise on the handed-on memory: up to this fraction of its RMS
+    memory_noise: float = 0.0    # in training, noise on the memory over the top: up to this fraction of its RMS
     dropout: float = 0.0         # on the embeddings and on the output of each sublayer
     tie_weights: bool = False    # one matrix for embedding and head
 
@@ -137,8 +137,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     """nn.Linear, or those of l layers at once: x (l B, n, in), weight (l, out, in), bias (l, out); unroll_diagonal."""
-    def forward(self, x, out=None):
-        """x (B, n, in) -> (B, n, out), or the slice `out` of it."""
+    def forward(self, x, out=None):  # out: a slice of what comes out, where there is no bias
         weight = self.weight if out is None else self.weight[..., out, :]
         if weight.dim() == 2:
             return F.linear(x, weight, self.bias)
@@ -148,6 +147,9 @@ class Linear(nn.Linear):
 
 class Norm(nn.LayerNorm):
     """nn.LayerNorm without bias, or those of l layers at once: x (l B, n, D), weight (l, D)."""
+    def __init__(self, width: int):
+        super().__init__(width, bias=False)
+
     def forward(self, x):
         if self.weight.dim() == 1:
             return super().forward(x)
@@ -210,11 +212,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer that carries nothing. A new mechanism is a subclass, and a row of VARIANTS."""
+    """One pre-norm layer that carries nothing. A new mechanism is a subclass made of Linear and Norm, and a Variant."""
     def __init__(self, config: Config, n_read: int = 0, n_write: int = 0, n_cache: int = 0):
         super().__init__()
         D, self.n_read, self.n_write, self.n_cache = config.d_model, n_read, n_write, n_cache
-        self.norm_1, self.norm_2 = Norm(D, bias=False), Norm(D, bias=False)
+        self.norm_1, self.norm_2 = Norm(D), Norm(D)
         self.attn = Attention(config, n_read, n_cache)
         self.mlp = nn.Sequential(Linear(D, 4 * D, bias=False), nn.GELU(), Linear(4 * D, D, bias=False))
         self.dropout = nn.Dropout(config.dropout)
@@ -311,10 +313,10 @@ class AssociativeBlock(Block):
 
     def write(self, m, A, z=None):
         """The carry after the write rows m (B, M, D), all of which correct the same old A."""
-        k, v = self.phi(self.w_k(m)), self.w_v(m).to(A.dtype)
+        k, v, beta = self.phi(self.w_k(m)), self.w_v(m).to(A.dtype), self.w_b(m).to(A.dtype).sigmoid()
         new = v if self.update == "hebbian" else v - self.recall(k, A, z)
         with torch.autocast(m.device.type, enabled=False):
-            A = torch.baddbmm(A, (self.w_b(m).to(A.dtype).sigmoid() * new).mT, k)
+            A = torch.baddbmm(A, (beta * new).mT, k)
             if z is None:
                 return (A,)
             known, length = k @ z[..., None], k.square().sum(-1, keepdim=True)
@@ -402,6 +404,7 @@ class RMT(nn.Module):
         self.config, self.variant, D = config, VARIANTS[config.variant], config.d_model
         self.n_read, self.n_write = config.n_mem * self.variant.read, config.n_mem * self.variant.write
         self.n_cache = config.cache_len if self.variant.block is CacheBlock else 0
+        self.mask_form = config.memory_mask if self.variant.mask == "paper" else self.variant.mask
         for field, needed in (("n_mem", self.variant.read or self.variant.write),
                               ("cache_len", self.variant.block is CacheBlock)):
             require(getattr(config, field) > 0 or not needed, f"{field}=0 must be at least 1 for {config.variant!r}")
@@ -483,10 +486,8 @@ class RMT(nn.Module):
 
     def mask(self, n_tokens, n_cache):
         """The segment's mask, or None where it is plain causal, which fast GPU kernels know."""
-        form = self.config.memory_mask if self.variant.mask == "paper" else self.variant.mask
-        if form == "causal" and n_cache == 0:
-            return None
-        return segment_mask(self.n_read, n_cache, n_tokens, self.n_write, form, self.memory.device)
+        sizes, plain = (self.n_read, n_cache, n_tokens, self.n_write), n_cache == 0 and self.mask_form == "causal"
+        return None if plain else segment_mask(*sizes, self.mask_form, self.memory.device)
 
     def fixed(self, state):
         """What of a state's shapes is always the same: all but B and the length of a cache."""
@@ -590,8 +591,7 @@ def unroll_diagonal(model, tokens: Tensor, state: State | None = None, bptt_dept
         busy = range(max(0, step - S + 1), min(L, step + 1))  # layers
         if step < S:
             x[0] = model.wrap(segments[first + step], state.memory)
-        if step < L or step >= S:
-            weights = {name: weight[busy.start:busy.stop] for name, weight in stacked.items()}
+        weights = stacked if len(busy) == L else {n: weight[busy.start:busy.stop] for n, weight in stacked.items()}
         for l in busy:
             carry[l] = map_tensors(torch.detach, carry[l]) if cut[first + step - l] else carry[l]
         rows, *carries = [torch.cat(parts) for parts in zip(*((x[l], *carry[l]) for l in busy), strict=True)]
@@ -602,7 +602,7 @@ def unroll_diagonal(model, tokens: Tensor, state: State | None = None, bptt_dept
         if busy.stop == L:
             outputs.append(model.unwrap(x[L], state.memory)[0])
 
-    state = State(state.memory, tuple(carry))
+    state = State(state.memory, map_tensors(torch.clone, tuple(carry)))  # views would keep whole diagonals alive
     for segment in segments[first + S:]:
         logits, state = model(segment, state.detach() if cut[-1] else state)
         outputs.append(logits)
@@ -648,7 +648,7 @@ def extend(model, segment, state, past):
     rows = slice(past[0][0] if past[0] else 0, model.n_read + segment.size(1))
     mask = torch.ones(1, n_cached + rows.stop, dtype=torch.bool, device=segment.device)  # a new token sees all so far
     if rows.start == 0:
-        mask = segment_mask(model.n_read, n_cached, segment.size(1), 0, model.config.memory_mask, segment.device)
+        mask = segment_mask(model.n_read, n_cached, segment.size(1), 0, model.mask_form, segment.device)
     x = model.wrap(segment, state.memory)[:, rows]
     x, _ = model.backbone(x, mask, state.carry, *past)  # what it carries on counts when the segment is over
     return model.head(model.norm(x[:, -1]))

@@ -275,6 +275,7 @@ class TestEquivalence:
                 (loss_of(logits, tokens) + sum(t.sin().sum() for t in tensors(end))).backward()
                 given = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors(given or ())]
                 results.append([logits.detach(), *tensors(end.detach()), *given, *gradients_of(model)])
+                assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors(end.carry))  # no views of more
             assert_close(*results, tolerance=1e-10)
 
     @variants(DIAGONAL)
@@ -291,6 +292,25 @@ class TestEquivalence:
                 assert options != {"last_only": True} or (logits.size(1), more_logits.size(1)) == (T, 2)
         for result in results[1:]:
             assert_close(result, results[0], tolerance=1e-4)
+
+    @variants(["armt", "transformer_xl"])
+    @pytest.mark.parametrize("n_cached, alone", [(0, 2), (1, 1), (2, 0), (9, 0)])
+    def test_weights_are_stacked_once_and_only_segments_before_a_full_cache_run_alone(self, variant, n_cached, alone,
+                                                                                      monkeypatch):
+        model, counted = build(variant, n_layer=3), []
+        alone = alone if variant == "transformer_xl" else 0  # two segments of 4 fill a cache of 5
+        state = unroll(model, text(n_cached * T))[1].detach() if n_cached else None
+        monkeypatch.setattr(torch, "stack", lambda parts, stack=torch.stack: counted.append(len(parts)) or stack(parts))
+        for checkpoint in (False, True):
+            seen = []
+            hook = model.backbone.blocks[0].register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+            logits, _ = unroll_diagonal(model, text(9 * T), state, checkpoint=checkpoint)
+            n_forward = len(seen)
+            logits.sum().backward()
+            hook.remove()
+            assert n_forward == alone + (9 - alone) + 3 - 1
+            assert len(seen) == n_forward + checkpoint * (9 - alone + 3 - 1)
+        assert counted == 2 * len(list(model.backbone.blocks[0].parameters())) * [3]
 
     @variants([name for name in DIAGONAL if name not in CACHED])
     @pytest.mark.parametrize("n_segments, n_layer", [(1, 3), (2, 4), (3, 3), (6, 2), (5, 1)])
@@ -357,6 +377,13 @@ class TestEquivalence:
             logits, _ = unroll(model, torch.cat([prompt, new], dim=1), state)
             assert torch.equal(new, logits[:, n_prompt - 1:-1].argmax(-1))
             assert torch.equal(new, generate(model, prompt, 3 * T, state, top_k=1))
+
+    def test_streaming_follows_the_mask_of_the_variant(self, monkeypatch):
+        monkeypatch.setitem(VARIANTS, "rmt_in_order", VARIANTS["rmt"]._replace(mask="causal"))
+        model, prompt = build("rmt_in_order"), text(3)
+        assert model.mask(T, 0) is None
+        new = generate(model, prompt, 3 * T, temperature=0)
+        assert torch.equal(new, unroll(model, torch.cat([prompt, new], dim=1))[0][:, 2:-1].argmax(-1))
 
     @variants([name for name in CAUSAL if name in VARIANTS])
     @pytest.mark.parametrize("memory_mask", ["paper", "causal"])
@@ -697,6 +724,12 @@ UPDATES = ["delta", "armt", "hebbian"]
 class TestAssociative:
     """The cell of ARMT, without learning."""
 
+    @variants(["armt", "armt by armt", "armt by hebbian", "mem_transformer"])
+    def test_memory_tokens_that_are_the_same_in_every_segment_learn(self, variant):
+        model, tokens = build(variant), text(3 * T)
+        loss_of(unroll(model, tokens)[0], tokens).backward()
+        assert (model.memory.grad.abs().amax(dim=1) > 0).all()
+
     @pytest.mark.parametrize("update", UPDATES)
     def test_reads_writes_and_their_gradients_equal_the_equations_in_loops(self, update):
         block = build(f"armt by {update}").backbone.blocks[0]
@@ -736,9 +769,12 @@ class TestAssociative:
             seen.append(read(block, key, carry)[0, 0].item())
         assert seen == pytest.approx(reads, rel=1e-2)
 
-    @pytest.mark.parametrize("update, least, most", [("delta", 0.85, 1), ("armt", 0.85, 1), ("hebbian", 0, 0.5)])
-    def test_sixteen_keys_are_rewritten_500_times(self, cell, update, least, most):
+    @pytest.mark.parametrize("update, gamma, least, most", [
+        ("delta", True, 0.8, 1), ("armt", True, 0.8, 1), ("armt", False, 0, 0.5), ("hebbian", True, 0, 0.5)])
+    def test_sixteen_keys_are_rewritten_500_times(self, cell, monkeypatch, update, gamma, least, most):
         """Each time with one of ten values; a read is right if the last value is the nearest one."""
+        if not gamma:
+            monkeypatch.setattr(torch.Tensor, "clamp", lambda t, low, high: torch.ones_like(t))
         torch.manual_seed(0)
         block, keys = cell(update, d_assoc=32, n_value=32), torch.randn(16, 32)
         symbols, which = F.normalize(torch.randn(10, 32), dim=1), torch.randint(16, (500,))
@@ -748,17 +784,19 @@ class TestAssociative:
         answers = (read(block, keys, written(block, keys[which], symbols[values])) @ symbols.T).argmax(dim=1)
         assert least <= sum(answers[key] == value for key, value in last.items()) / len(last) <= most
 
-    @pytest.mark.parametrize("update", UPDATES)
-    def test_capacity_falls_with_the_number_of_pairs(self, cell, update):
-        torch.manual_seed(0)
-        block, right = cell(update, d_assoc=32, n_value=32), []
-        symbols = F.normalize(torch.randn(10, 32), dim=1)
-        for n_pairs in (10, 100, 400):
-            keys, values = torch.randn(n_pairs, 32), torch.randint(10, (n_pairs,))
-            answers = read(block, keys, written(block, keys, symbols[values])) @ symbols.T
-            right.append((answers.argmax(dim=1) == values).double().mean().item())
-        print(update, right)
-        assert right[0] > 0.9 and right[0] > right[1] + 0.05 > right[2] + 0.1
+    @pytest.mark.parametrize("update, expected", [
+        ("delta", (0.98, 0.81, 0.60)), ("armt", (0.93, 0.75, 0.60)), ("hebbian", (0.94, 0.47, 0.28))])
+    def test_capacity_falls_from_25_to_100_to_200_pairs(self, cell, update, expected):
+        """Mean of five draws of keys; without the correction of what a key finds already it falls faster."""
+        right = []
+        for n_pairs in (25, 100, 200):
+            for seed in range(5):
+                torch.manual_seed(seed)
+                block, symbols = cell(update, d_assoc=32, n_value=32), F.normalize(torch.randn(10, 32), dim=1)
+                keys, values = torch.randn(n_pairs, 32), torch.randint(10, (n_pairs,))
+                answers = read(block, keys, written(block, keys, symbols[values])) @ symbols.T
+                right.append((answers.argmax(dim=1) == values).double().mean())
+        assert_close(torch.stack(right).view(3, 5).mean(1), torch.tensor(expected), tolerance=0.05)
 
     @pytest.mark.parametrize("update", UPDATES)
     def test_an_empty_memory_says_nothing_and_the_order_of_writes_in_a_segment_does_not_count(self, update):
@@ -779,6 +817,10 @@ class TestAssociative:
             assert all((after[1] >= before[1]).all() for before, after in zip(state.carry, later.carry, strict=True))
             state = later
         assert logits.dtype == torch.bfloat16 and {t.dtype for t in tensors(state.carry)} == {torch.float32}
+        block, phi = model.backbone.blocks[0], torch.rand(2, 5, K)
+        with torch.autocast("cpu", torch.bfloat16):
+            known = block.recall(phi, *state.carry[0])
+        assert torch.equal(known, block.recall(phi, *state.carry[0]))
         assert {t.dtype for t in tensors(model.bfloat16().initial_state(1).carry)} == {torch.float32}
 
 
@@ -1086,7 +1128,9 @@ class TestScripts:
         ("--task retrieval --symbols 4 --segments 6", "--symbols 4 must be at least"),
         ("--task remember --keys 4 --segments 6", "--keys 4 must be at least 5, a key for each pair of 6 segments"),
         ("--task facts --segment-len 5", "--segment-len 5 must be at least 6 for --task facts"),
-        ("--task facts --facts two --segment-len 11", "--segment-len 11 must be at least 12 for --task facts"),
+        ("--task facts --segment-len 11", "--segment-len 11 must be a multiple of 6, a sentence"),
+        ("--task facts --facts two", "--segment-len 6 must be a multiple of 6, a sentence, and at least 12 for"),
+        ("--task rewrite --keys 40000", "--symbols 10 and --keys 40000 must be at most 32765 together"),
         ("--task facts --facts three", "--facts three must be one, two, relations"),
         ("--task quadratic --segments 12", "12 segments of 30 must be 6 of 30"),
         ("--task rewrite --keys 0", "--keys 0 must be at least 1"),
@@ -1133,8 +1177,8 @@ class TestScripts:
         readme, namespace = (ROOT / "README.md").read_text(), {}
         exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], namespace)
         assert namespace["logits"].shape == (1, 296, 256)
-        from assets.figures import language_tables, tables
-        for line in [*tables(), *language_tables()]:  # what it reports is what is recorded in assets/results
+        from assets.figures import associative_tables, language_tables, tables
+        for line in [*tables(), *language_tables(), *associative_tables()]:  # reported is what is in assets/results
             assert line in readme
 
     def test_a_missed_target_is_exit_status_1(self, tmp_path):
@@ -1247,27 +1291,33 @@ class TestTasks:
     @pytest.mark.parametrize("segments, keys, T", [(2, 1, 2), (9, 8, 2), (5, 4, 4), (40, 64, 3)])
     def test_remember_and_rewrite_ask_for_the_last_value_of_a_key(self, task, segments, keys, T):
         tokens, n = self.draw(task, segments, T, keys=keys)
-        asked_again = 0
+        asked_again, places = 0, set()
         for row in tokens.tolist():
             written, asked = [(row[s * T], row[s * T + 1:s * T + T]) for s in range(segments - 1)], row[-n - 1]
             assert all(13 <= key < 13 + keys for key, _ in written) and dict(written)[asked] == row[-n:]
             assert task == "rewrite" or len(dict(written)) == len(written)
             asked_again += [key for key, _ in written].count(asked) > 1
-        assert (asked_again > 0) == (task == "rewrite" and segments > 2)
+            places.add([key for key, _ in written].index(asked))
+        assert (asked_again > 0) == (task == "rewrite" and segments > 2) and len(places) > (segments - 1) // 3
 
     @pytest.mark.parametrize("kind", ["one", "two", "relations"])
-    @pytest.mark.parametrize("segments, T", [(2, 12), (8, 12), (5, 17)])
+    @pytest.mark.parametrize("segments, T", [(2, 12), (8, 12), (5, 18)])
     def test_answers_of_facts_follow_from_the_sentences(self, kind, segments, T):
         """Replayed by a reader of sentences who knows nothing of how they were made."""
         tokens, n = self.draw("facts", segments, T, facts=kind)
-        verbs, places = set(), []
+        verbs, places, noise, told_at, asked = set(), [], set(), set(), set()
         for row in tokens.tolist():
             words = [tasks.WORDS[token] for token in row]
-            n_body = (segments - 1) * T // 6 * 6
+            n_body = (segments - 1) * T
             at, holder, relation, told = {}, {}, {}, 0
-            for a, b, c, d, e, stop in (words[i:i + 6] for i in range(0, n_body, 6)):
+            for i in range(0, n_body, 6):
+                a, b, c, d, e, stop = words[i:i + 6]
                 assert stop == "."
-                told += a != "the"
+                if a == "the":
+                    noise.add((b, c, d, e))
+                else:
+                    told += 1
+                    told_at.add(i)
                 if b == "went":
                     at[a] = e
                     at |= {thing: e for thing in holder if holder[thing] == a}
@@ -1288,20 +1338,24 @@ class TestTasks:
             else:
                 assert at[question[-1]] == answer
             places.append(answer)
+            asked.add(question[0] if kind == "relations" else question[-1])
             assert min(2, n_body // 6) <= told <= 6
         assert set(places) == set(tasks.PLACES) and n == 1
+        assert len(told_at) == n_body // 6 and (segments == 2 or len(noise) > 20)
+        assert asked >= set({"one": tasks.PEOPLE, "two": tasks.OBJECTS, "relations": ["what", *tasks.PLACES]}[kind])
         known = {"one": {"went"}, "two": {"went", "took", "dropped"}, "relations": {"is"}}[kind]
         assert verbs - {""} == known - (set() if segments > 2 else {"dropped"})
 
     def test_quadratic_equations_are_solved_in_six_fields(self):
         tokens, n = self.draw("quadratic", 6, 30)
-        unsolved = 0
+        unsolved, leading = 0, set()
         for row in tokens.tolist():
             line = "".join(tasks.CHARACTERS[token] for token in row)
             given, monic, discriminant, *roots, answer = (line[i:i + 30].rstrip("_") for i in range(0, 180, 30))
             a, b, c = map(int, re.fullmatch(r"(-?\d+)\*x\^2([+-]\d+)\*x([+-]\d+)=0", given).groups())
             p, q = map(int, re.fullmatch(r"x\^2([+-]\d+)\*x([+-]\d+)=0", monic).groups())
             assert 1 <= abs(a) <= 10 and (b, c) == (a * p, a * q) and discriminant == f"D={p * p - 4 * q}"
+            leading.add(a)
             if p * p < 4 * q:
                 unsolved += 1
                 assert {*roots, answer} == {"none"}
@@ -1311,7 +1365,7 @@ class TestTasks:
                 for text, x in zip(roots, (low, high), strict=True):
                     value = re.fullmatch(r"x=\((-?\d+)([+-]\d+)\)/2=(-?\d+)", text).groups()
                     assert (int(value[0]) + int(value[1])) / 2 == int(value[2]) == x
-        assert n == 150 and 5 <= unsolved <= 25
+        assert n == 150 and 5 <= unsolved <= 25 and min(leading) < -7 and max(leading) > 7
 
     @pytest.mark.parametrize("task", ["memorize", "detect"])
     def test_facts_stand_where_they_should_in_noise_that_is_no_symbol(self, task):

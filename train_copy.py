@@ -105,7 +105,7 @@ def state_floats(model):
     """How many floats of each sequence cross a boundary, when a cache is full."""
     tokens = torch.zeros(1, model.n_cache + 1, dtype=torch.long, device=model.memory.device)
     with torch.no_grad():
-        return sum(t.numel() for t in tensors(unroll(model, tokens)[1]))
+        return sum(t.numel() for t in tensors(unroll(model.eval(), tokens)[1]))
 
 
 def sample(args, model, segments, batch, generator):
@@ -233,9 +233,11 @@ def report(args, runs):
             print(f"{name:16}{n:9}{scores}" + "   longer than in training" * (n > args.segments), flush=True)
             if n == args.segments and run["model"] is main:
                 examples = samples
-    low = [n for n in sorted(args.eval_segments) if results[args.model][n]["teacher_forced"] < 0.9]
-    falls = f"falls below 0.9 at {low[0]} segments" if low else "holds 0.9 at every length tried"
-    print(f"{args.model} {falls}\n\ncontrols: {args.model} over {args.segments} segments, teacher-forced, with")
+    longer = sorted({n for n in args.eval_segments if n > args.segments})
+    low = [n for n in longer if results[args.model][n]["teacher_forced"] < 0.9]
+    falls = f"falls below 0.9 at {low[0]} segments" if low else "holds 0.9 at every longer length tried"
+    print(f"{args.model} {falls}\n" * bool(longer))
+    print(f"controls: {args.model} over {args.segments} segments, teacher-forced, with")
     controls = {"its initial state at every boundary": lambda state: main.initial_state(len(state.memory)),
                 "the state of another sample": lambda state: map_tensors(lambda t: t.roll(1, 0), state)}
     for name, between in controls.items():
@@ -243,9 +245,9 @@ def report(args, runs):
         print(f"    {name:38}{results[name]:.3f}")
     print(f"\nthree answers of {args.model}, free-running; ^ is a mistake")
     for inputs, target, answer in zip(*(part[:3] for part in examples), strict=True):
-        prompt, marks = inputs[:len(inputs) - len(target) + 1], "".join(" ^"[int(wrong)] for wrong in answer != target)
+        prompt = inputs[:len(inputs) - len(target) + 1]
         print(f"    input   {text(args, prompt)}\n    right   {text(args, target)}\n    model   {text(args, answer)}\n"
-              f"            {marks}")
+              f"            {text(args, answer, answer != target)}")
     figures = {"training": draw_training(args, runs),
                "attention": draw_attention(main, examples[0][:1], examples[1].size(1), lambda row: text(args, row))}
     write_report(args, results, figures)

@@ -63,15 +63,15 @@ ASSOCIATIVE = {  # what the associative tables call a model: its flags, its line
     "`armt`, armt": ({"model": "armt", "update": "armt"}, "s--", "0.35"),
     "`armt`, hebbian": ({"model": "armt", "update": "hebbian"}, "x:", "0.35"),
     "`rmt`": ({"model": "rmt"}, "^-", "0.6"), "`transformer_xl`": ({"model": "transformer_xl"}, "v:", "0.6")}
-LENGTHS = {  # a column group of the associative table: the task's flags, and the segments it is read after
-    "rewrite": ({"task": "rewrite", "keys": 4}, (13, 129, 513, 1001)), "memorize": ({"task": "memorize"}, (8, 1000)),
-    "detect": ({"task": "detect"}, (8, 1000)), "facts": ({"task": "facts", "facts": "one"}, (8, 1000)),
+LENGTHS = {  # tasks of the associative tables: flags, and the segments of a sample: as in training, and longer
+    "rewrite": ({"task": "rewrite", "keys": 4}, (13, 513, 1001)), "memorize": ({"task": "memorize"}, (8, 1000)),
+    "detect": ({"task": "detect", "segments": 8}, (8, 1000)), "facts": ({"task": "facts"}, (8, 1000)),
     "remember": ({"task": "remember"}, (9, 17, 33, 65))}
 
 
-def associative(flags, name):
+def associative(task, name):
     """The result of each seed of one task and one model, by number of segments."""
-    runs = record("associative", **flags, **ASSOCIATIVE[name][0])
+    runs = record("associative", **LENGTHS[task][0], **ASSOCIATIVE[name][0])
     return [run["results"][run["flags"]["model"]] for run in runs]
 
 
@@ -82,15 +82,25 @@ def held(accuracy, pairs, values=10):
 
 def associative_tables():
     """The README's tables of the associative memory, line by line."""
-    for task, (flags, lengths) in LENGTHS.items():
-        shown = [f"{n - 1:,} pairs" if task in ("rewrite", "remember") else f"{n:,} segments" for n in lengths]
-        yield f"| {task} | {' | '.join(shown)} | floats | CPU s |"
-        yield "|---" * (len(lengths) + 3) + "|"
-        for name in ASSOCIATIVE:
-            runs = associative(flags, name)
-            cells = [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in lengths]
-            seconds = spread([run["cpu_seconds"] for run in runs], 0)
-            yield f"| {name} | {' | '.join(cells)} | {runs[0]['state_floats']:,} | {seconds} |"
+    yield ("| `--model`, `--update` | floats | rewrite, 12 writes | 512 | 1,000 | memorize, 8 segments | 1,000 "
+           "| detect, 8 | 1,000 | facts, 8 | 1,000 | CPU s |")
+    yield "|---" * 12 + "|"
+    for name in ASSOCIATIVE:
+        cells, everything = [], []
+        for task in ("rewrite", "memorize", "detect", "facts"):
+            runs = associative(task, name)
+            cells += [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in LENGTHS[task][1]]
+            everything += runs
+        floats, seconds = (spread([run[key] for run in everything], 0) for key in ("state_floats", "cpu_seconds"))
+        yield f"| {name} | {floats} | {' | '.join(cells)} | {seconds} |"
+    yield "| `--model`, `--update` | floats | 8 pairs | 16 | 32 | 64 | pairs held of 64 | CPU s |"
+    yield "|---" * 8 + "|"
+    for name in ASSOCIATIVE:
+        runs = associative("remember", name)
+        cells = [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in LENGTHS["remember"][1]]
+        cells += [spread([held(run["65"]["teacher_forced"], 64) for run in runs], 0),
+                  spread([run["cpu_seconds"] for run in runs], 0)]
+        yield f"| {name} | {runs[0]['state_floats']:,} | {' | '.join(cells)} |"
 
 
 LANGUAGE = {  # what the language table calls a run: the flags in which it differs from RECIPE
@@ -223,7 +233,9 @@ def draw_attention(model, tokens, n_answer, text):
         if s in (0, answer):
             weights, widths = attention_maps(model, segment, state)
             for layer, axis in enumerate(axes[int(s > 0)]):
-                draw_map(axis, weights[layer, 0].amax(0), widths, ("read", "cache", text(segment[0]), "write"))
+                written = text(segment[0])
+                name = written if len(written) <= 20 else "tokens"
+                draw_map(axis, weights[layer, 0].amax(0), widths, ("read", "cache", name, "write"))
                 axis.set_title(f"{'write' if s == 0 else 'read'}: segment {s + 1}, layer {layer + 1}")
         _, state = model(segment, state)
         state = state.detach()
@@ -325,24 +337,25 @@ def draw_length():
 def draw_associative():
     """Accuracy over length, with what was seen in training shaded, and pairs held over pairs shown."""
     figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), layout="constrained")
-    for axis, (task, (flags, lengths)) in zip(axes, LENGTHS.items(), strict=True):
-        pairs = task == "remember"
+    for axis, (task, (_, lengths)) in zip(axes, LENGTHS.items(), strict=True):
         for name, (_, line, color) in ASSOCIATIVE.items():
-            for i, run in enumerate(associative(flags, name)):
+            for i, run in enumerate(associative(task, name)):
                 points = {int(n): score["teacher_forced"] for n, score in run.items() if n.isdigit()}
-                if pairs:
+                if task == "remember":
                     points = {n - 1: held(score, n - 1) for n, score in points.items()}
                 axis.plot(points.keys(), points.values(), line, color=color, markersize=3, linewidth=1,
                           label=name.replace("`", "") if i == 0 else None)
-        axis.axvspan(1 if pairs else 2, lengths[0] - pairs, color="0.9")
-        axis.set_xscale("log", base=2 if pairs else 10)
-        if pairs:
-            axis.set(xlabel="pairs shown", title="remember: pairs held", yscale="symlog", ylim=(0, 64))
+        axis.set_xscale("log")
+        if task == "remember":
+            axis.axvspan(1, lengths[0] - 1, color="0.9")
+            axis.plot([1, 64], [1, 64], color="0.6", linewidth=0.8, linestyle=":")
+            axis.set(xlabel="pairs shown", title="remember: pairs held")
         else:
-            axis.axhline({"facts": 1 / 6}.get(task, 0.1), color="0.6", linewidth=0.8, linestyle=":")
+            axis.axvspan(2, lengths[0], color="0.9")
+            axis.axhline(1 / 6 if task == "facts" else 0.1, color="0.6", linewidth=0.8, linestyle=":")
             axis.set(xlabel="segments of the sample", title=task, ylim=(0, 1.03))
     axes[0].set_ylabel("right answers")
-    axes[0].legend(fontsize=8)
+    axes[3].legend(fontsize=8, loc="lower left")
     save(figure, "associative")
 
 

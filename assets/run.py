@@ -98,8 +98,8 @@ def parse(description, flags, limits, recipes=None):
         for name in group:
             value, flag = getattr(args, name), "--" + name.replace("_", "-")
             fixed = saved and title not in ("sample", "run") and not (sample and name in ("model", "seed"))
-            if fixed and value != saved.get(name):
-                fail(f"{flag} {value}: the run in {args.out} has {saved.get(name)}; leave it out, or start anew")
+            if fixed and name in saved and value != saved[name]:  # a run from before there was this flag lacks it
+                fail(f"{flag} {value}: the run in {args.out} has {saved[name]}; leave it out, or start anew")
             for number in value if type(value) is list else [value]:
                 if type(number) in (int, float):
                     least, most = limits.get(name, (int(type(number) is int), 10**9))

@@ -5,7 +5,7 @@ answer at their end. The model reads tokens[:, :-1], and its last n outputs are 
 4 unless they say otherwise; a dot is an output that is not scored.
 
 Most tasks share one vocabulary: symbols 0 .. symbols - 1, then | a mark, ? a question, _ a blank, and what the task
-adds to it: 16 noise tokens, written as small letters, or --keys keys. Long samples are int16, two bytes per token.
+adds to it: 16 noise tokens, written as small letters, or --keys keys. Samples that can be long take two bytes a token.
 """
 import math
 import random
@@ -199,8 +199,8 @@ CHARACTERS = "0123456789+-*/^=,()xDnoe_"
 def quadratic(args, segments, batch, generator):
     """An equation, its monic form, its discriminant, both roots and the answer [RMT], six fields of 30 characters.
 
-        input    -4*x^2+392*x-2208=0___________ x^2-98*x+552=0________________ ...             (--segment-len 30)
-        target   ..............................  x^2-98*x+552=0________________ D=7396 ... x=(98-86)/2=6 ... 6,92 ...
+        input    -4*x^2+392*x-2208=0__  x^2-98*x+552=0_______ ... (the other fields)         (--segment-len 30)
+        target   ....................x  ^2-98*x+552=0_______D ... D=7396 x=(98-86)/2=6 x=(98+86)/2=92 6,92
     """
     rng, rows = random.Random(torch.randint(2**62, (), generator=generator).item()), []
     for _ in range(batch):
@@ -234,7 +234,7 @@ TASKS = {
     "retrieval": Task(retrieval, least=4, keys="symbols"),
     "remember": Task(remember, adds="keys", keys="keys"), "rewrite": Task(rewrite, adds="keys"),
     "memorize": Task(memorize, adds="noise"), "detect": Task(detect, adds="noise"),
-    "facts": Task(facts, lambda args: 1 / len(PLACES), least=6),
+    "facts": Task(facts, lambda args: 1 / (len(PLACES) - (args.facts == "relations")), least=6),
     "quadratic": Task(quadratic, lambda args: 0.65, multiple=6, least=30)}  # which is the share of padding
 
 
@@ -249,10 +249,13 @@ def vocabulary(args):
     return [*symbols[:args.symbols], *"|?_", *adds[TASKS[args.task].adds]]
 
 
-def text(args, row):
-    """Tokens (length,) as a line of text."""
+def text(args, row, wrong=None):
+    """Tokens (length,) as a line of text, or the carets that go below it, for those that are wrong."""
     words = vocabulary(args)
-    return ("" if max(map(len, words)) == 1 else " ").join(words[token] for token in row.tolist())
+    line = [words[token] for token in row.tolist()]
+    if wrong is not None:
+        line = [" ^"[int(is_wrong)] * len(word) for word, is_wrong in zip(line, wrong, strict=True)]
+    return ("" if max(map(len, words)) == 1 else " ").join(line)
 
 
 def longest(args):
@@ -268,9 +271,13 @@ def check(args):
         raise ValueError(f"--curriculum {args.curriculum} must be grow, random or fixed")
     if args.facts not in KINDS:
         raise ValueError(f"--facts {args.facts} must be {', '.join(KINDS)}")
-    least = 12 if args.task == "facts" and args.facts == "two" else task.least  # the shortest sample has two sentences
-    if args.segment_len < least:
-        raise ValueError(f"--segment-len {args.segment_len} must be at least {least} for --task {args.task}")
+    if len(vocabulary(args)) > 2**15:
+        raise ValueError(f"--symbols {args.symbols} and --keys {args.keys} must be at most {2**15 - 3} together")
+    if args.segment_len < task.least:
+        raise ValueError(f"--segment-len {args.segment_len} must be at least {task.least} for --task {args.task}")
+    if args.task == "facts" and (args.segment_len % 6 or (args.facts == "two" and args.segment_len == 6)):
+        raise ValueError(f"--segment-len {args.segment_len} must be a multiple of 6, a sentence, and at least 12 for "
+                         "--facts two")
     for n in (args.segments, *args.eval_segments):
         if n % task.multiple or n < 2:
             raise ValueError(f"{n} segments must be at least 2 and a multiple of {task.multiple} for --task "
