@@ -1185,6 +1185,11 @@ class TestScripts:
         run = run_train_copy(*TINY, "--baseline", "none", "--target", 1, cwd=tmp_path)
         assert run.returncode == 1 and "MISSED" in run.stdout
 
+    def test_a_loss_that_is_no_number_ends_the_run_with_one_line(self, tmp_path):
+        run = run_train_copy(*TINY, "--lr", 1e9, "--steps", 1000, "--baseline", "none", cwd=tmp_path)
+        assert run.returncode == 2 and "Traceback" not in run.stderr
+        assert re.search(r"error: the loss is (nan|inf) at step \d+: start anew with an --lr smaller", run.stderr)
+
     def test_stopped_and_killed_runs_resume_to_the_same_numbers(self, tmp_path):
         flags = [*TINY, "--steps", 120, "--save-every", 7, "--memory-noise", 0.5, "--curriculum", "random"]
         whole = run_train_copy(*flags, "--out", "whole", cwd=tmp_path)
@@ -1223,6 +1228,11 @@ class TestScripts:
         before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
         again = run_train_copy(*TINY, "--out", "a", cwd=tmp_path)
         assert again.returncode == 2 and "--out a already holds a run: add --resume" in again.stderr
+        config = json.loads(before["config.json"])
+        del config["keys"], config["update"], config["weight_decay"]  # a run from before there were these flags
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+        assert run_train_copy("--resume", "--out", "a", cwd=tmp_path).returncode == 0
+        before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
         other = run_train_copy("--resume", "--out", "a", "--segments", 6, cwd=tmp_path)
         assert other.returncode == 2 and "--segments 6: the run in a has 3" in other.stderr
         assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before

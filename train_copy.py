@@ -13,6 +13,7 @@
 
 Writes config.json, metrics.csv, checkpoint.pt, result.json, training.png and attention.png to --out.
 """
+import math
 import signal
 import sys
 import time
@@ -172,6 +173,8 @@ def train(args, run, name, save):
             logits, _ = unroll(fast, inputs, bptt_depth=depth, checkpoint=args.checkpoint)
         logits = logits[:, -targets.size(1):].float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} at step {step + 1}: start anew with an --lr smaller than {args.lr}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
