@@ -62,16 +62,17 @@ ASSOCIATIVE = {  # what the associative tables call a model: its flags, its line
     "`armt`, delta": ({"model": "armt", "update": "delta"}, "o-", "0"),
     "`armt`, armt": ({"model": "armt", "update": "armt"}, "s--", "0.35"),
     "`armt`, hebbian": ({"model": "armt", "update": "hebbian"}, "x:", "0.35"),
-    "`rmt`": ({"model": "rmt"}, "^-", "0.6"), "`transformer_xl`": ({"model": "transformer_xl"}, "v:", "0.6")}
-LENGTHS = {  # tasks of the associative tables: flags, and the segments of a sample: as in training, and longer
-    "rewrite": ({"task": "rewrite", "keys": 4}, (13, 513, 1001)), "memorize": ({"task": "memorize"}, (8, 1000)),
-    "detect": ({"task": "detect", "segments": 8}, (8, 1000)), "facts": ({"task": "facts"}, (8, 1000)),
-    "remember": ({"task": "remember"}, (9, 17, 33, 65))}
+    "`rmt`, as large": ({"model": "rmt"}, "^-", "0.6"), "`rmt`, M 8": ({"model": "rmt", "n_mem": 8}, "^:", "0.6"),
+    "`transformer_xl`": ({"model": "transformer_xl"}, "v:", "0.6")}
+LENGTHS = {  # tasks of the associative tables, and the segments of a sample: as in training, and longer
+    "rewrite": (13, 513, 1001), "detect": (8, 1000), "facts": (8, 1000), "remember": (9, 17, 33, 65)}
 
 
 def associative(task, name):
     """The result of each seed of one task and one model, by number of segments."""
-    runs = record("associative", **LENGTHS[task][0], **ASSOCIATIVE[name][0])
+    runs = record("associative", task=task, **ASSOCIATIVE[name][0])
+    if name == "`rmt`, as large":
+        runs = [run for run in runs if run["flags"]["n_mem"] > 8]
     return [run["results"][run["flags"]["model"]] for run in runs]
 
 
@@ -82,14 +83,14 @@ def held(accuracy, pairs, values=10):
 
 def associative_tables():
     """The README's tables of the associative memory, line by line."""
-    yield ("| `--model`, `--update` | floats | rewrite, 12 writes | 512 | 1,000 | memorize, 8 segments | 1,000 "
-           "| detect, 8 | 1,000 | facts, 8 | 1,000 | CPU s |")
-    yield "|---" * 12 + "|"
+    yield ("| `--model`, `--update` | floats | rewrite, 12 writes | 512 | 1,000 | detect, 8 segments | 1,000 "
+           "| facts, 8 segments | 1,000 | CPU s |")
+    yield "|---" * 10 + "|"
     for name in ASSOCIATIVE:
         cells, everything = [], []
-        for task in ("rewrite", "memorize", "detect", "facts"):
+        for task in ("rewrite", "detect", "facts"):
             runs = associative(task, name)
-            cells += [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in LENGTHS[task][1]]
+            cells += [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in LENGTHS[task]]
             everything += runs
         floats, seconds = (spread([run[key] for run in everything], 0) for key in ("state_floats", "cpu_seconds"))
         yield f"| {name} | {floats} | {' | '.join(cells)} | {seconds} |"
@@ -97,10 +98,11 @@ def associative_tables():
     yield "|---" * 8 + "|"
     for name in ASSOCIATIVE:
         runs = associative("remember", name)
-        cells = [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in LENGTHS["remember"][1]]
+        cells = [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in LENGTHS["remember"]]
         cells += [spread([held(run["65"]["teacher_forced"], 64) for run in runs], 0),
                   spread([run["cpu_seconds"] for run in runs], 0)]
-        yield f"| {name} | {runs[0]['state_floats']:,} | {' | '.join(cells)} |"
+        floats = spread([run["state_floats"] for run in runs], 0)
+        yield f"| {name} | {floats} | {' | '.join(cells)} |"
 
 
 LANGUAGE = {  # what the language table calls a run: the flags in which it differs from RECIPE
@@ -336,8 +338,8 @@ def draw_length():
 
 def draw_associative():
     """Accuracy over length, with what was seen in training shaded, and pairs held over pairs shown."""
-    figure, axes = plt.subplots(1, 5, figsize=(15, 3.6), layout="constrained")
-    for axis, (task, (_, lengths)) in zip(axes, LENGTHS.items(), strict=True):
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
+    for axis, (task, lengths) in zip(axes, LENGTHS.items(), strict=True):
         for name, (_, line, color) in ASSOCIATIVE.items():
             for i, run in enumerate(associative(task, name)):
                 points = {int(n): score["teacher_forced"] for n, score in run.items() if n.isdigit()}
@@ -355,7 +357,7 @@ def draw_associative():
             axis.axhline(1 / 6 if task == "facts" else 0.1, color="0.6", linewidth=0.8, linestyle=":")
             axis.set(xlabel="segments of the sample", title=task, ylim=(0, 1.03))
     axes[0].set_ylabel("right answers")
-    axes[3].legend(fontsize=8, loc="lower left")
+    axes[3].legend(fontsize=8, loc="upper left")
     save(figure, "associative")
 
 
