@@ -338,7 +338,7 @@ def draw_length():
 
 def draw_associative():
     """Accuracy over length, with what was seen in training shaded, and pairs held over pairs shown."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
     for axis, (task, lengths) in zip(axes, LENGTHS.items(), strict=True):
         for name, (_, line, color) in ASSOCIATIVE.items():
             for i, run in enumerate(associative(task, name)):
@@ -357,7 +357,7 @@ def draw_associative():
             axis.axhline(1 / 6 if task == "facts" else 0.1, color="0.6", linewidth=0.8, linestyle=":")
             axis.set(xlabel="segments of the sample", title=task, ylim=(0, 1.03))
     axes[0].set_ylabel("right answers")
-    axes[3].legend(fontsize=8, loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     save(figure, "associative")
 
 
