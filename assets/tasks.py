@@ -48,8 +48,7 @@ def retrieval(args, segments, batch, generator):
         input    7 | 2 |   5 | 9 |   7 ?
         target   . . . .   . . . .   . 2
     """
-    keys = torch.rand(batch, args.symbols, generator=generator).argsort(dim=1)[:, :segments - 1].short()
-    return pairs(args, keys, generator, mark=special(args, "|"), question=special(args, "?"))
+    return pairs(args, distinct(args.symbols, segments - 1, batch, generator), generator, marked=True)
 
 
 def remember(args, segments, batch, generator):
@@ -58,8 +57,7 @@ def remember(args, segments, batch, generator):
         input    k7 2   k1 9   k7        (--segment-len 2)
         target    . .    . .    2
     """
-    keys = torch.rand(batch, args.keys, generator=generator).argsort(dim=1)[:, :segments - 1].short()
-    return pairs(args, special(args, "a") + keys, generator)
+    return pairs(args, special(args, "a") + distinct(args.keys, segments - 1, batch, generator), generator)
 
 
 def rewrite(args, segments, batch, generator):
@@ -72,17 +70,21 @@ def rewrite(args, segments, batch, generator):
     return pairs(args, special(args, "a") + keys, generator)
 
 
-def pairs(args, keys, generator, **marks):
-    """One of keys (B, pairs) and its value in each segment, then a key that was there; marks, if any, close both."""
-    (batch, n_pairs), n, some = keys.shape, args.segment_len - 1 - 2 * bool(marks), torch.arange(len(keys))
+def distinct(n_keys, n, batch, generator):
+    """n of the keys 0 .. n_keys - 1, none twice: (B, n)."""
+    return torch.rand(batch, n_keys, generator=generator).argsort(dim=1)[:, :n].short()
+
+
+def pairs(args, keys, generator, marked=False):
+    """One of keys (B, pairs) and its value in each segment, then a key that was there; | and ? between, if marked."""
+    (batch, n_pairs), n, some = keys.shape, args.segment_len - 1 - 2 * marked, torch.arange(len(keys))
     values = torch.randint(args.symbols, (batch, n_pairs, n), generator=generator, dtype=torch.int16)
     asked = keys[some, torch.randint(n_pairs, (batch,), generator=generator)][:, None]
     last = n_pairs - 1 - (keys == asked).flip(1).byte().argmax(dim=1)
-    parts, end = [keys[..., None], values], [asked]
-    if marks:
-        mark = torch.full((batch, n_pairs, 1), marks["mark"], dtype=torch.int16)
-        parts, end = [keys[..., None], mark, values, mark], [asked, torch.full_like(asked, marks["question"])]
-    return torch.cat([torch.cat(parts, dim=2).flatten(1), *end, values[some, last]], dim=1), n
+    mark = torch.full((batch, n_pairs, int(marked)), special(args, "|"), dtype=torch.int16)
+    question = torch.full((batch, int(marked)), special(args, "?"), dtype=torch.int16)
+    body = torch.cat([keys[..., None], mark, values, mark], dim=2).flatten(1)
+    return torch.cat([body, asked, question, values[some, last]], dim=1), n
 
 
 def memorize(args, segments, batch, generator, where=0):
