@@ -75,6 +75,7 @@ class Config:
     cache_len: int = 32          # C, cached positions per layer
     d_assoc: int = 16            # width of associative keys before dpfp; after it K = 2 nu d_assoc
     nu: int = 3                  # how many products dpfp makes of every channel
+    window: int = 0              # preceding tokens that a token of mem_bottleneck sees beside memory
     update: str = "delta"        # of the associative memory: lasts longest; "armt" [ARMT]; "hebbian": cannot rewrite
     memory_form: str = "norm"    # handed on: written rows after the final norm [RMT], or "raw", the residual stream
     write_slot: str = "memory"   # fed to the write rows: the incoming memory [RMT], an "embedding", or "both" added up
@@ -85,7 +86,7 @@ class Config:
 
     def __post_init__(self):
         for name, least in {"vocab_size": 1, "segment_len": 1, "n_layer": 1, "n_head": 1, "d_model": 1, "n_mem": 0,
-                            "cache_len": 0, "d_assoc": 1, "nu": 1}.items():
+                            "cache_len": 0, "window": 0, "d_assoc": 1, "nu": 1}.items():
             value = getattr(self, name)
             require(type(value) is int and value >= least, f"{name}={value!r} must be an integer of at least {least}")
         require(self.nu < 2 * self.d_assoc, f"nu={self.nu} must be below 2 * d_assoc={2 * self.d_assoc}")
@@ -230,14 +231,49 @@ class Block(nn.Module):
         h = self.norm_1(x)
         return self.residual(x, h, h, mask, past), carry
 
-    def residual(self, x, h, context, mask, past):
-        """Both sublayers: attention of the normed rows h to the context, then the feed-forward layer."""
-        x = x + self.dropout(self.attn(h, context, mask, past=past))
+    def residual(self, x, h, context, mask, past=None, rows=slice(None)):
+        """Both sublayers, for some rows: attention of the normed rows h to the context, then the feed-forward layer."""
+        x = (x + self.dropout(self.attn(h, context, mask, past=past)))[:, rows]
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
-# -------------------------------------------------------------------------------------------- 3. what a layer can carry
+# ----------------------------------------------------------------------------- 3. layers that do more than a Transformer's
 # In: x, mask and the layer's carry. Out: x and the next carry.
+
+def update_memory(block: Block, x: Tensor, mask: Tensor | None, past: list | None) -> tuple[Tensor, Tensor]:
+    """Which of the rows x are memory rows, and these after the block; a part of a segment may have none."""
+    n_read, n_write = block.n_read * (not past), block.n_write * (past is None)
+    rows, h = torch.arange(-n_write, n_read, device=x.device) % x.size(1), block.norm_1(x)
+    return rows, block.residual(x, h, h, mask, rows=rows) if len(rows) else x[:, rows]
+
+
+class ControllerBlock(Block):
+    """Memory rows pass through attention and feed-forward weights of their own, the controller's [MT].
+
+    Controller and block see the same rows, each through its own keys and values.
+    """
+    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
+        super().__init__(config, n_read, n_write)
+        self.controller = Block(config, n_read, n_write)
+
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
+        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
+        rows, memory = update_memory(self.controller, x, mask, past)
+        x, _ = super().forward(x, mask, (), past)
+        return x.index_copy(1, rows, memory), carry
+
+
+class BottleneckBlock(Block):
+    """Memory rows first read the segment; then tokens see, of all rows, these new ones and a few tokens before them [MT].
+
+    The second half stands in the mask, see segment_mask. Both halves have the same weights.
+    """
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
+        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
+        rows, memory = update_memory(self, x, mask, past)
+        x, _ = super().forward(x.index_copy(1, rows, memory), mask, (), past)
+        return x.index_copy(1, rows, memory), carry
+
 
 class CacheBlock(Block):
     """Tokens also see this layer's inputs for the tokens before the segment, gradient stopped [TXL].
@@ -327,7 +363,8 @@ class AssociativeBlock(Block):
 # --------------------------------------------------------------------------------------------------------- 4. the model
 # In: the tokens of one segment (B, T) and a state. Out: logits (B, T, V) and the next state.
 
-def segment_mask(n_read: int, n_cache: int, n_tokens: int, n_write: int, form: str = "paper", device=None) -> Tensor:
+def segment_mask(n_read: int, n_cache: int, n_tokens: int, n_write: int, form: str = "paper",
+                 window: int | None = None, device=None) -> Tensor:
     """Who may look at whom in one segment [RMT] sec. 3: bool (N, C + N), True = may look. The form "paper":
 
                      read   cache  tokens  write
@@ -339,7 +376,8 @@ def segment_mask(n_read: int, n_cache: int, n_tokens: int, n_write: int, form: s
             write    x x    . .    x x x   x x       write rows see the segment and each other
                      x x    . .    x x x   x x
 
-    The form "causal" is the lower triangle in this order of columns; in the form "full" every row sees all.
+    The form "causal" is the lower triangle in this order of columns; in the form "full" every row sees all. With a
+    window, a token sees of the tokens that its form shows it the nearest so many, and not itself (mem_bottleneck).
     """
     n = n_read + n_tokens + n_write
     now = torch.ones(n, n, dtype=torch.bool, device=device)
@@ -351,6 +389,10 @@ def segment_mask(n_read: int, n_cache: int, n_tokens: int, n_write: int, form: s
         now[:n_read, :n_read] = True
         now[n - n_write:] = True
         past[n - n_write:] = False
+    if window is not None:
+        i = torch.arange(n_tokens, device=device)
+        distance = (i[:, None] - i).abs()
+        now[n_read:n - n_write, n_read:n - n_write] &= (distance > 0) & (distance <= window)
     return torch.cat([now[:, :n_read], past, now[:, n_read:]], dim=1)
 
 
@@ -381,14 +423,18 @@ class Variant(NamedTuple):
     block: type      # what a layer carries
     mask: str        # its paper's, a form of segment_mask; where that is "paper", Config.memory_mask can change it
 
-VARIANTS = {             #     read   write  recurrent  block       mask      floats per sequence that cross a boundary
-    "transformer":     Variant(False, False, False, Block,            "causal"),  # 0
-    "mem_transformer": Variant(True,  False, False, Block,            "paper"),   # 0            [MT], as a decoder
-    "transformer_xl":  Variant(False, False, False, CacheBlock,       "causal"),  # L C D        [TXL]
-    "rmt":             Variant(True,  True,  True,  Block,            "paper"),   # M D          [RMT] sec. 3
-    "rmt_xl":          Variant(True,  True,  True,  CacheBlock,       "paper"),   # M D + L C D  [RMT] sec. 3
-    "rmt_encoder":     Variant(True,  False, True,  Block,            "full"),    # M D          [RMT-1M]
-    "armt":            Variant(False, True,  False, AssociativeBlock, "causal"),  # L K D  + L K for z [ARMT]
+VARIANTS = {             #            read   write  recurrent  block       mask      floats that cross a boundary
+    "transformer":            Variant(False, False, False, Block,            "causal"),  # 0
+    "transformer_xl":         Variant(False, False, False, CacheBlock,       "causal"),  # L C D        [TXL]
+    "rmt":                    Variant(True,  True,  True,  Block,            "paper"),   # M D          [RMT] sec. 3
+    "rmt_xl":                 Variant(True,  True,  True,  CacheBlock,       "paper"),   # M D + L C D  [RMT] sec. 3
+    "rmt_encoder":            Variant(True,  False, True,  Block,            "full"),    # M D          [RMT-1M]
+    "armt":                   Variant(False, True,  False, AssociativeBlock, "causal"),  # L K D + L K for z [ARMT]
+    "mem_transformer":        Variant(True,  False, False, Block,            "paper"),   # 0            [MT], a decoder
+    "mem_controller":         Variant(True,  True,  True,  ControllerBlock,  "paper"),   # M D          [MT] in [RMT]'s
+    "mem_bottleneck":         Variant(True,  True,  True,  BottleneckBlock,  "paper"),   # M D          layout
+    "mem_controller_encoder": Variant(True,  False, True,  ControllerBlock,  "full"),    # M D          [MT] in that of
+    "mem_bottleneck_encoder": Variant(True,  False, True,  BottleneckBlock,  "full"),    # M D          [RMT-1M]
 }
 
 
@@ -404,6 +450,7 @@ class RMT(nn.Module):
         self.config, self.variant, D = config, VARIANTS[config.variant], config.d_model
         self.n_read, self.n_write = config.n_mem * self.variant.read, config.n_mem * self.variant.write
         self.n_cache = config.cache_len if self.variant.block is CacheBlock else 0
+        self.window = config.window if self.variant.block is BottleneckBlock else None
         self.mask_form = config.memory_mask if self.variant.mask == "paper" else self.variant.mask
         for field, needed in (("n_mem", self.variant.read or self.variant.write),
                               ("cache_len", self.variant.block is CacheBlock)):
@@ -435,7 +482,7 @@ class RMT(nn.Module):
                      "embed.weight": std if self.config.tie_weights else 0.5,
                      "attn.out.weight": residual, "mlp.2.weight": residual,
                      "w_v.weight": 0.0}                               # [ARMT]: untrained, the layer is a plain one
-            weight.normal_(std=table.get(re.sub(r"^backbone\.blocks\.\d+\.", "", name), std))
+            weight.normal_(std=table.get(re.sub(r"^backbone\.blocks\.\d+\.(controller\.)?", "", name), std))
         for block in self.modules():
             if isinstance(block, AssociativeBlock):  # departure: a row looks for what it would be written under
                 block.w_k.weight.copy_(block.w_q.weight)
@@ -486,8 +533,10 @@ class RMT(nn.Module):
 
     def mask(self, n_tokens, n_cache):
         """The segment's mask, or None where it is plain causal, which fast GPU kernels know."""
-        sizes, plain = (self.n_read, n_cache, n_tokens, self.n_write), n_cache == 0 and self.mask_form == "causal"
-        return None if plain else segment_mask(*sizes, self.mask_form, self.memory.device)
+        if n_cache == 0 and self.mask_form == "causal" and self.window is None:
+            return None
+        return segment_mask(self.n_read, n_cache, n_tokens, self.n_write, self.mask_form, self.window,
+                            self.memory.device)
 
     def fixed(self, state):
         """What of a state's shapes is always the same: all but B and the length of a cache."""
@@ -631,8 +680,9 @@ def stream(model, tokens: Tensor, state: State | None = None, temperature: float
     check(model, segment, state)
     while True:
         past = [[] for _ in model.backbone.blocks] if isinstance(model.backbone, Transformer) else None
+        mask = segment_mask(model.n_read, model.cached(state), T, 0, model.mask_form, model.window, segment.device)
         for _ in range(segment.size(1), T + 1):
-            logits = model(segment, state)[0][:, -1] if past is None else extend(model, segment, state, past)
+            logits = model(segment, state)[0][:, -1] if past is None else extend(model, segment, state, past, mask)
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
             new = (logits.argmax(-1, keepdim=True) if temperature == 0 else
@@ -642,14 +692,10 @@ def stream(model, tokens: Tensor, state: State | None = None, temperature: float
         (_, state), segment = model(segment[:, :T], state), new
 
 
-def extend(model, segment, state, past):
+def extend(model, segment, state, past, mask):
     """Logits (B, V) after the last token of the segment so far; past, a list per layer, gains the rows it lacks."""
-    n_cached = model.cached(state)
     rows = slice(past[0][0] if past[0] else 0, model.n_read + segment.size(1))
-    mask = torch.ones(1, n_cached + rows.stop, dtype=torch.bool, device=segment.device)  # a new token sees all so far
-    if rows.start == 0:
-        mask = segment_mask(model.n_read, n_cached, segment.size(1), 0, model.mask_form, segment.device)
-    x = model.wrap(segment, state.memory)[:, rows]
+    x, mask = model.wrap(segment, state.memory)[:, rows], mask[rows, :model.cached(state) + rows.stop]
     x, _ = model.backbone(x, mask, state.carry, *past)  # what it carries on counts when the segment is over
     return model.head(model.norm(x[:, -1]))
 

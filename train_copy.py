@@ -53,6 +53,7 @@ FLAGS = {  # group, flag, default (None: in the task's recipe), help
         "d_model": (64, "width"),
         "n_mem": (None, "M, memory tokens"),
         "cache_len": (8, "C, positions cached per layer, for transformer_xl and rmt_xl"),
+        "window": (0, "preceding tokens that a token of mem_bottleneck sees beside memory"),
         "d_assoc": (16, "width of associative keys, of which dpfp makes 2 * nu * d_assoc features, for armt"),
         "nu": (3, "products that dpfp makes of every channel, for armt"),
         "update": ("delta", "of the associative memory: delta, armt or hebbian, see Config in rmt.py"),
@@ -79,7 +80,7 @@ FLAGS = {  # group, flag, default (None: in the task's recipe), help
         "out": ("", "folder to write to, default out/TASK-N with the first N that is free"),
         "resume": (False, "go on with the run in --out, to the same numbers as if it had not stopped")}}
 
-LIMITS = {"bptt_depth": (-1, 10**9), "seed": (0, 2**31 - 1), "target": (0, 1)}
+LIMITS = {"bptt_depth": (-1, 10**9), "window": (0, 10**9), "seed": (0, 2**31 - 1), "target": (0, 1)}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))

@@ -41,6 +41,7 @@ FLAGS = {  # group, flag, default, help
         "d_model": (64, "width"),
         "n_mem": (8, "M, memory tokens"),
         "cache_len": (32, "C, positions cached per layer, for transformer_xl and rmt_xl"),
+        "window": (0, "preceding tokens that a token of mem_bottleneck sees beside memory"),
         "memory_form": ("raw", "what is handed on: norm or raw, see Config in rmt.py"),
         "write_slot": ("embedding", "what the write rows are fed: memory, embedding or both, see Config in rmt.py"),
         "memory_noise": (0.0, "noise on the handed-on memory in training, up to this fraction of its RMS"),
@@ -72,7 +73,7 @@ FLAGS = {  # group, flag, default, help
         "save_every": (250, "steps between checkpoints"),
         "out": ("", "folder to write to, default out/TEXT-N with the first N that is free"),
         "resume": (False, "go on with the run in --out, to the same numbers as if it had not stopped")}}
-LIMITS = {"bptt_depth": (-1, 10**9), "reset_every": (0, 10**9), "top_k": (0, 10**9), "seed": (0, 2**31 - 1)}
+LIMITS = {"bptt_depth": (-1, 10**9), "window": (0, 10**9), "reset_every": (0, 10**9), "top_k": (0, 10**9), "seed": (0, 2**31 - 1)}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
