@@ -64,7 +64,6 @@ def require(condition: bool, message: str, error: type = ValueError):
 @dataclass(frozen=True)
 class Config:
     """Sizes and choices of one model. Raises ValueError naming field, value and rule; RMT checks the variant."""
-
     variant: str = "rmt"         # a key of VARIANTS
     vocab_size: int = 64         # V
     segment_len: int = 32        # T, tokens
@@ -90,8 +89,8 @@ class Config:
             value = getattr(self, name)
             require(type(value) is int and value >= least, f"{name}={value!r} must be an integer of at least {least}")
         require(self.nu < 2 * self.d_assoc, f"nu={self.nu} must be below 2 * d_assoc={2 * self.d_assoc}")
-        D, pairs = self.d_model, 2 * self.n_head  # rotary positions turn pairs of channels in every head
-        require(D % pairs == 0, f"d_model={D} must be divisible by 2 * n_head={pairs}")
+        D, pairs = self.d_model, 2 * self.n_head
+        require(D % pairs == 0, f"d_model={D} must be divisible by 2 * n_head={pairs}: rotary positions turn pairs")
         for name, choices in (("memory_form", ("norm", "raw")), ("write_slot", ("memory", "embedding", "both")),
                               ("memory_mask", ("paper", "causal")), ("update", ("delta", "armt", "hebbian"))):
             value = getattr(self, name)
@@ -104,7 +103,6 @@ class Config:
 
 class State(NamedTuple):
     """All that crosses a segment boundary. `torch.save(tuple(state), path)` and `State(*torch.load(path))` keep it."""
-
     memory: Tensor  # (B, M, D); (B, 0, D) where memory is not recurrent
     carry: tuple    # nested tuples of tensors, batch first; here one tuple per layer
 
@@ -148,9 +146,6 @@ class Linear(nn.Linear):
 
 class Norm(nn.LayerNorm):
     """nn.LayerNorm without bias, or those of l layers at once: x (l B, n, D), weight (l, D)."""
-    def __init__(self, width: int):
-        super().__init__(width, bias=False)
-
     def forward(self, x):
         if self.weight.dim() == 1:
             return super().forward(x)
@@ -179,24 +174,19 @@ class Attention(nn.Module):
         With past, [] at the start of a segment and then [rows so far, their keys, their values], x can be a part of the
         segment's rows: the next call gets those that follow and a mask (N, all keys so far), and past grows by them.
         """
-        q, k, v = self.project(x, context, past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.out(y.transpose(1, 2).flatten(-2))
-
-    def project(self, x, context, past=None):
-        """Rotated queries (B, H, N, E), rotated keys and values (B, H, c + N, E), those of the past before them."""
         n, c, done = x.size(1), context.size(1) - x.size(1), past[0] if past else 0
         if c == 0:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             D = x.size(-1)
             q, (k, v) = self.qkv(x, slice(0, D)), self.qkv(context, slice(D, 3 * D)).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, rows, E)
         q, k = rotate(q, self.angles(n, 0, done)), rotate(k, self.angles(n, c, done))
         if past is not None:
             k, v = (torch.cat([past[1], k], dim=2), torch.cat([past[2], v], dim=2)) if past else (k, v)
             past[:] = done + n, k, v
-        return q, k, v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).flatten(-2))
 
     def angles(self, n, c, done):
         """For n rows after the first done, and c cached ones between the read rows and the rest: (2, c + n, E / 2)."""
@@ -204,20 +194,13 @@ class Attention(nn.Module):
             return self.rope[:, self.n_cache + done:self.n_cache + done + n]
         return torch.cat([self.rope[:, :self.n_read], self.rope[:, self.n_read + self.n_cache - c:self.n_cache + n]], 1)
 
-    def weights(self, x, context, mask):
-        """The weights of `forward`, (B, H, N, c + N); each row sums to 1."""
-        q, k, _ = self.project(x, context)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
-        mask = torch.ones_like(scores, dtype=torch.bool).tril() if mask is None else mask
-        return scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
-
 
 class Block(nn.Module):
     """One pre-norm layer that carries nothing. A new mechanism is a subclass made of Linear and Norm, and a Variant."""
     def __init__(self, config: Config, n_read: int = 0, n_write: int = 0, n_cache: int = 0):
         super().__init__()
         D, self.n_read, self.n_write, self.n_cache = config.d_model, n_read, n_write, n_cache
-        self.norm_1, self.norm_2 = Norm(D), Norm(D)
+        self.norm_1, self.norm_2 = Norm(D, bias=False), Norm(D, bias=False)
         self.attn = Attention(config, n_read, n_cache)
         self.mlp = nn.Sequential(Linear(D, 4 * D, bias=False), nn.GELU(), Linear(4 * D, D, bias=False))
         self.dropout = nn.Dropout(config.dropout)
@@ -237,8 +220,8 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
-# ----------------------------------------------------------------------------- 3. layers that do more than a Transformer's
-# In: x, mask and the layer's carry. Out: x and the next carry.
+# ---------------------------------------------------------------------------------------------- 3. layers that do more
+# In and out as in Block.forward: x, mask and the layer's carry; x and the next carry.
 
 def update_memory(block: Block, x: Tensor, mask: Tensor | None, past: list | None) -> tuple[Tensor, Tensor]:
     """Which of the rows x are memory rows, and these after the block; a part of a segment may have none."""
@@ -257,19 +240,17 @@ class ControllerBlock(Block):
         self.controller = Block(config, n_read, n_write)
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
         rows, memory = update_memory(self.controller, x, mask, past)
         x, _ = super().forward(x, mask, (), past)
         return x.index_copy(1, rows, memory), carry
 
 
 class BottleneckBlock(Block):
-    """Memory rows first read the segment; then tokens see, of all rows, these new ones and a few tokens before them [MT].
+    """Memory rows read the segment first; then tokens see these new rows, and of the others a window at most [MT].
 
-    The second half stands in the mask, see segment_mask. Both halves have the same weights.
+    What tokens see stands in the mask, see segment_mask. Both steps have the same weights.
     """
     def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
         rows, memory = update_memory(self, x, mask, past)
         x, _ = super().forward(x.index_copy(1, rows, memory), mask, (), past)
         return x.index_copy(1, rows, memory), carry
@@ -289,7 +270,6 @@ class CacheBlock(Block):
         return (self.norm_1.weight.new_zeros(batch_size, 0, len(self.norm_1.weight)),)
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        """x (B, N, D), mask (N, c + N) or None, carry -> x (B, N, D), next carry."""
         (cache,), h = carry, self.norm_1(x)
         if past:
             return self.residual(x, h, h, mask, past), carry  # the cache is in the past already
@@ -331,7 +311,6 @@ class AssociativeBlock(Block):
         return (A, torch.zeros_like(A[:, 0])) if self.update == "armt" else (A,)
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry."""
         x = x + self.recall(self.phi(self.w_q(x)), *carry).to(x.dtype)
         x, _ = super().forward(x, mask, (), past)
         return x, self.write(x[:, x.size(1) - self.n_write:], *carry) if past is None else carry
@@ -429,7 +408,7 @@ VARIANTS = {             #            read   write  recurrent  block       mask 
     "rmt":                    Variant(True,  True,  True,  Block,            "paper"),   # M D          [RMT] sec. 3
     "rmt_xl":                 Variant(True,  True,  True,  CacheBlock,       "paper"),   # M D + L C D  [RMT] sec. 3
     "rmt_encoder":            Variant(True,  False, True,  Block,            "full"),    # M D          [RMT-1M]
-    "armt":                   Variant(False, True,  False, AssociativeBlock, "causal"),  # L K D + L K for z [ARMT]
+    "armt":                   Variant(False, True,  False, AssociativeBlock, "causal"),  # L K D  + L K for z  [ARMT]
     "mem_transformer":        Variant(True,  False, False, Block,            "paper"),   # 0            [MT], a decoder
     "mem_controller":         Variant(True,  True,  True,  ControllerBlock,  "paper"),   # M D          [MT] in [RMT]'s
     "mem_bottleneck":         Variant(True,  True,  True,  BottleneckBlock,  "paper"),   # M D          layout
@@ -441,35 +420,41 @@ VARIANTS = {             #            read   write  recurrent  block       mask 
 class RMT(nn.Module):
     """Memory tokens around a backbone that does not know they are there, one segment at a time.
 
-    A backbone of yours has width d_model and goes with the variants whose layers carry nothing.
-    Raises ValueError where config does not fit its variant.
+    Parts of yours keep their weights: a backbone (see Transformer) for the variants whose layers are plain, embed from
+    tokens (B, n) to rows (B, n, D), head from rows as the backbone leaves them to logits (B, n, V), without a norm of
+    ours between. Raises ValueError where config does not fit its variant, or a part of yours the config.
     """
-    def __init__(self, config: Config, backbone: nn.Module | None = None):
+    def __init__(self, config: Config, backbone: nn.Module | None = None, embed=None, head=None):
         super().__init__()
         require(config.variant in VARIANTS, f"variant={config.variant!r} must be one of {', '.join(VARIANTS)}")
-        self.config, self.variant, D = config, VARIANTS[config.variant], config.d_model
+        self.config, self.variant, D, V = config, VARIANTS[config.variant], config.d_model, config.vocab_size
+        block, missing = self.variant.block, f"=0 must be at least 1 for {config.variant!r}"
+        require(config.n_mem > 0 or not (self.variant.read or self.variant.write), "n_mem" + missing)
+        require(config.cache_len > 0 or block is not CacheBlock, "cache_len" + missing)
+        require(backbone is None or block is Block, f"{config.variant!r} has layers of its own: a backbone fits 'rmt'")
+        require(head is None or not config.tie_weights, "tie_weights=True cannot tie a head of yours: tie it yourself")
         self.n_read, self.n_write = config.n_mem * self.variant.read, config.n_mem * self.variant.write
-        self.n_cache = config.cache_len if self.variant.block is CacheBlock else 0
-        self.window = config.window if self.variant.block is BottleneckBlock else None
+        self.n_cache = config.cache_len if block is CacheBlock else 0
+        self.window = config.window if block is BottleneckBlock else None
         self.mask_form = config.memory_mask if self.variant.mask == "paper" else self.variant.mask
-        for field, needed in (("n_mem", self.variant.read or self.variant.write),
-                              ("cache_len", self.variant.block is CacheBlock)):
-            require(getattr(config, field) > 0 or not needed, f"{field}=0 must be at least 1 for {config.variant!r}")
-        plain = [name for name, row in VARIANTS.items() if row.block is Block]
-        require(backbone is None or config.variant in plain,
-                f"{config.variant!r} has layers of its own: a backbone goes with one of {', '.join(plain)}")
-        self.embed = nn.Embedding(config.vocab_size, D)
-        self.memory = nn.Parameter(torch.empty(max(self.n_read, self.n_write), D))
-        self.write_embedding = nn.Parameter(torch.empty(self.n_write if config.write_slot != "memory" else 0, D))
-        keep = () if backbone is None else ("backbone.",)
-        self.backbone = Transformer(config, self.variant.block, self.n_read, self.n_write) if not keep else backbone
-        self.norm = nn.LayerNorm(D, bias=False)
-        self.head = nn.Linear(D, config.vocab_size, bias=False)
+
+        parts = {"backbone.": backbone, "embed.": embed, "head.": head}
+        yours = {name: part for name, part in parts.items() if part is not None}
+        like = next((p for part in yours.values() for p in part.parameters()), torch.empty(0))
+        where = {"device": like.device, "dtype": like.dtype}
+        self.embed = nn.Embedding(V, D, **where) if embed is None else embed
+        self.memory = nn.Parameter(torch.empty(max(self.n_read, self.n_write), D, **where))
+        self.write_embedding = nn.Parameter(torch.empty(self.n_write * (config.write_slot != "memory"), D, **where))
+        self.backbone = Transformer(config, block, self.n_read, self.n_write) if backbone is None else backbone
+        self.norm = nn.LayerNorm(D, bias=False, **where) if head is None else nn.Identity()
+        self.head = nn.Linear(D, V, bias=False, **where) if head is None else head
         self.dropout = nn.Dropout(config.dropout)
         if config.tie_weights:
             self.head.weight = self.embed.weight
+        self.init_weights(keep=tuple(yours))
+        if yours:
+            try_out(self)
         self.form = self.fixed(self.initial_state(1))
-        self.init_weights(keep)
 
     @torch.no_grad()
     def init_weights(self, keep: tuple = ()):
@@ -483,9 +468,8 @@ class RMT(nn.Module):
                      "attn.out.weight": residual, "mlp.2.weight": residual,
                      "w_v.weight": 0.0}                               # [ARMT]: untrained, the layer is a plain one
             weight.normal_(std=table.get(re.sub(r"^backbone\.blocks\.\d+\.(controller\.)?", "", name), std))
-        for block in self.modules():
-            if isinstance(block, AssociativeBlock):  # departure: a row looks for what it would be written under
-                block.w_k.weight.copy_(block.w_q.weight)
+            if name.endswith("w_k.weight"):  # departure: a row looks for what it would be written under
+                weight.copy_(self.get_parameter(name.replace("w_k", "w_q")))
 
     def initial_state(self, batch_size: int) -> State:
         """The learned memory (B, M, D), the same for every sequence, and an empty carry."""
@@ -518,10 +502,8 @@ class RMT(nn.Module):
 
     def hand_on(self, written):
         """What the next segment gets of the written rows (B, M, D)."""
-        if self.config.memory_form == "norm":
-            memory = self.norm(written)
-        else:                         # departure: unbounded, what is new drowns in an endless stream
-            memory = written.clone()  # a view would keep all rows of its segment alive
+        raw = self.config.memory_form == "raw"  # departure: unbounded, what is new drowns in an endless stream
+        memory = (written if raw else self.norm(written)).clone()  # a view would keep all rows of its segment alive
         if self.training and self.config.memory_noise:  # departure: the network learns to restore what it keeps
             size = self.config.memory_noise * torch.rand_like(memory[:, :1, :1])  # one size per sequence
             memory = memory + size * torch.randn_like(memory) * memory.detach().square().mean(-1, keepdim=True).sqrt()
@@ -535,13 +517,32 @@ class RMT(nn.Module):
         """The segment's mask, or None where it is plain causal, which fast GPU kernels know."""
         if n_cache == 0 and self.mask_form == "causal" and self.window is None:
             return None
-        return segment_mask(self.n_read, n_cache, n_tokens, self.n_write, self.mask_form, self.window,
-                            self.memory.device)
+        sizes = self.n_read, n_cache, n_tokens, self.n_write
+        return segment_mask(*sizes, self.mask_form, self.window, self.memory.device)
 
     def fixed(self, state):
         """What of a state's shapes is always the same: all but B and the length of a cache."""
         kept = map_tensors(lambda t: (t.dim(), *t.shape[2 if self.n_cache else 1:]), state)
         return kept, getattr(state.memory, "shape", ())[1:]
+
+
+@torch.random.fork_rng(devices=[])  # dropout's random numbers are given back
+@torch.no_grad()
+def try_out(model):
+    """Send one token through parts of yours. Raises ValueError, with both shapes, where one does not fit the config."""
+    D, V, n, backbone = model.config.d_model, model.config.vocab_size, model.n_read + 1 + model.n_write, model.backbone
+    require(hasattr(backbone, "initial_carry"), f"a backbone needs initial_carry(B) and backbone(x, mask, carry) -> "
+            f"(x, carry): wrap {type(backbone).__name__} in a module that has them", TypeError)
+    x = tokens = torch.full((1, 1), V - 1, device=model.memory.device)
+    for name, shape in (("embed", (1, 1, D)), ("backbone", (1, n, D)), ("head", (1, n, V))):
+        part, (memory, carry) = getattr(model, name), model.initial_state(1)
+        given = model.wrap(tokens, memory) if name == "backbone" else x
+        try:
+            x, _ = part(given, model.mask(1, 0), carry) if name == "backbone" else (part(given), ())
+            made = tuple(x.shape)
+        except Exception as reason:
+            raise ValueError(f"{name} fails on shape {tuple(given.shape)}: {' '.join(str(reason).split())}") from reason
+        require(made == shape, f"{name} makes {made} of shape {tuple(given.shape)} and must make {shape}, see Config")
 
 
 def check(model, tokens, state=None):
@@ -563,7 +564,7 @@ def check(model, tokens, state=None):
         fits = model.fixed(state) == model.form and all(len(t) == B for t in tensors(state))
         cached = {t.size(1) for t in tensors(state.carry)} if fits and model.n_cache else {0}
         fits = fits and len(cached) == 1 and max(cached) <= model.n_cache
-        shapes = None if fits else tuple(map_tensors(lambda t: tuple(t.shape), state))
+        shapes = "" if fits else tuple(map_tensors(lambda t: tuple(t.shape), state))
         require(fits, f"a state of shapes {shapes} does not fit {config.variant!r} with {B} sequences: start from "
                 f"model.initial_state({B})")
 
@@ -679,10 +680,13 @@ def stream(model, tokens: Tensor, state: State | None = None, temperature: float
     segment = tokens[:, n_full:].long()
     check(model, segment, state)
     while True:
-        past = [[] for _ in model.backbone.blocks] if isinstance(model.backbone, Transformer) else None
+        past = [[] for _ in model.backbone.blocks] if isinstance(model.backbone, Transformer) else []
         mask = segment_mask(model.n_read, model.cached(state), T, 0, model.mask_form, model.window, segment.device)
         for _ in range(segment.size(1), T + 1):
-            logits = model(segment, state)[0][:, -1] if past is None else extend(model, segment, state, past, mask)
+            rows = slice(past[0][0] if any(past) else 0, model.n_read + segment.size(1))  # those that past lacks
+            x, visible = model.wrap(segment, state.memory)[:, rows], mask[rows, :model.cached(state) + rows.stop]
+            x, _ = model.backbone(x, visible, state.carry, *past)  # what it carries on counts when the segment is full
+            logits = model.head(model.norm(x[:, -1:]))[:, 0]
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
             new = (logits.argmax(-1, keepdim=True) if temperature == 0 else
@@ -692,55 +696,8 @@ def stream(model, tokens: Tensor, state: State | None = None, temperature: float
         (_, state), segment = model(segment[:, :T], state), new
 
 
-def extend(model, segment, state, past, mask):
-    """Logits (B, V) after the last token of the segment so far; past, a list per layer, gains the rows it lacks."""
-    rows = slice(past[0][0] if past[0] else 0, model.n_read + segment.size(1))
-    x, mask = model.wrap(segment, state.memory)[:, rows], mask[rows, :model.cached(state) + rows.stop]
-    x, _ = model.backbone(x, mask, state.carry, *past)  # what it carries on counts when the segment is over
-    return model.head(model.norm(x[:, -1]))
-
-
 def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temperature: float = 1.0,
              top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Continue tokens (B, length) by n_new tokens -> (B, n_new). Arguments and errors are those of `stream`."""
     require(type(n_new) is int and n_new > 0, f"n_new={n_new!r} must be an integer of at least 1")
     return torch.cat([*islice(stream(model, tokens, state, temperature, top_k, generator), n_new)], dim=1)
-
-
-@torch.no_grad()
-def attention_maps(model: RMT, tokens: Tensor, state: State) -> tuple[Tensor, list[int]]:
-    """Attention weights of all layers and heads for one segment, tokens (B, T); no cost when it is not called.
-
-    Returns weights (L, B, H, N, C + N), rows look and columns are seen, and the widths of the blocks of columns:
-    `read, cache, tokens, write = weights.split(widths, dim=-1)`; rows have the same blocks without the cache.
-    Raises ValueError for a backbone without Attention layers.
-    """
-    layers, weights = [layer for layer in model.modules() if isinstance(layer, Attention)], []
-    require(len(layers) > 0, "attention_maps needs a backbone with rmt.Attention layers, and this one has none")
-    hooks = [x.register_forward_pre_hook(lambda layer, args: weights.append(layer.weights(*args))) for x in layers]
-    try:
-        model(tokens, state)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    n_cache = weights[0].size(-1) - weights[0].size(-2)
-    return torch.stack(weights), [model.n_read, n_cache, tokens.size(1), model.n_write]
-
-
-def main():
-    """Walk one segment through a small model: the shapes, and the mask."""
-    model, tokens = RMT(Config(vocab_size=10, segment_len=5, n_mem=2, d_model=16)), torch.tensor([[3, 1, 4, 1, 5]])
-    state, mask = model.initial_state(1), model.mask(5, 0)
-    x = model.wrap(tokens, state.memory)
-    y, _ = model.backbone(x, mask, state.carry)
-    logits, memory = model.unwrap(y, state.memory)
-    for name, value in {"tokens": tokens, "memory": state.memory, "[read | tokens | write]": x, "after the backbone": y,
-                        "logits": logits, "memory, handed on": memory}.items():
-        print(f"{name:26}{tuple(value.shape)}")
-    print("\nThe mask: rows look, columns are seen, x = may look")
-    for name, row in zip(2 * ["read"] + 5 * ["tokens"] + 2 * ["write"], mask.tolist(), strict=True):
-        print(f"{name:26}{' '.join('.x'[may] for may in row)}")
-
-
-if __name__ == "__main__":
-    main()

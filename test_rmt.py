@@ -31,14 +31,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rmt
 from assets import tasks
+from assets.figures import attention_maps
 from rmt import (
     RMT,
     VARIANTS,
     AssociativeBlock,
     Attention,
+    BottleneckBlock,
     Config,
+    ControllerBlock,
     State,
-    attention_maps,
     generate,
     map_tensors,
     segment_mask,
@@ -52,8 +54,10 @@ V, T, L, H, D, M, C, K = SIZES.values()
 ROOT = Path(rmt.__file__).resolve().parent
 SOURCE = Path(rmt.__file__).read_text()
 PUBLISHED = list(VARIANTS)
-# A row of our own, in which a layer with a cache has read rows and no write rows: the two cannot be mistaken.
+# Rows of our own: a cache beside read rows without write rows, and layers with two steps whose memory is not handed on.
 VARIANTS["mem_transformer_xl"] = VARIANTS["transformer_xl"]._replace(read=True, mask="paper")
+VARIANTS["mem_controller_alone"] = VARIANTS["mem_transformer"]._replace(block=ControllerBlock)
+VARIANTS["mem_bottleneck_alone"] = VARIANTS["mem_transformer"]._replace(block=BottleneckBlock)
 
 
 class Recurrent(nn.Module):
@@ -80,12 +84,14 @@ class Recurrent(nn.Module):
 ROWS = VARIANTS | {f"{name} around a GRU": row._replace(block=Recurrent)
                    for name, row in VARIANTS.items() if row.block is rmt.Block}
 ROWS |= {f"armt by {update}": VARIANTS["armt"] for update in ("armt", "hebbian")}  # beside the default, delta
+ROWS |= {f"{name} with window 1": row for name, row in VARIANTS.items() if row.block is BottleneckBlock}  # beside 0
 CAUSAL = [name for name, row in ROWS.items() if row.mask != "full"]
 RECURRENT = [name for name, row in ROWS.items() if row.recurrent]
 READING = [name for name, row in VARIANTS.items() if row.read]
 CACHED = [name for name, row in VARIANTS.items() if row.block is rmt.CacheBlock]
 DIAGONAL = [name for name, row in ROWS.items() if not row.recurrent and row.block is not Recurrent]
-CROSSED = [name for name, row in ROWS.items() if row.recurrent or row.block not in (rmt.Block, rmt.CacheBlock)]
+CROSSED = [name for name, row in ROWS.items() if row.recurrent or row.block in (AssociativeBlock, Recurrent)]
+TWO_STEPS = [name for name, row in ROWS.items() if row.block in (ControllerBlock, BottleneckBlock)]
 
 
 def variants(names):
@@ -108,6 +114,8 @@ def build(variant="rmt", **changes):
               "n_mem": M, "cache_len": C, "d_assoc": 4}
     if " by " in variant:
         config["update"] = variant.split()[-1]
+    if " window " in variant:
+        config["window"] = int(variant.split()[-1])
     model = RMT(Config(**config | changes), Recurrent() if variant.endswith("GRU") else None).eval()
     with torch.no_grad():
         model.memory.normal_()
@@ -182,8 +190,88 @@ def attention_in_loops(layer, x, context, mask):
     return weights, torch.einsum("bhnc,bhce->bnhe", weights, values).flatten(-2) @ layer.out.weight.T
 
 
+def feed_forward(block, rows):
+    """The feed-forward layer of a block in plain matrix products."""
+    centred = rows - rows.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.norm_2.weight
+    wide = normed @ block.mlp[0].weight.T
+    return rows + (wide * (1 + torch.erf(wide / math.sqrt(2))) / 2) @ block.mlp[2].weight.T
+
+
+def memory_transformer_in_loops(block, x, form, window):
+    """What papers say of MemController and MemBottleneck, row by row: who looks is computed with whom it looks at."""
+    N, n_read, n_write = x.size(1), block.n_read, block.n_write
+    memory = [*range(n_read), *range(N - n_write, N)]
+
+    def sees(row, column):
+        if form == "full":
+            return True
+        if row < n_read:
+            return column < n_read
+        return row >= N - n_write or column <= row
+
+    def update(layer, rows, seen):
+        mask = torch.tensor([[column in seen(row) for column in range(N)] for row in range(N)])
+        mask[:, 0] |= ~mask.any(dim=1)  # rows that are not asked for see something, or there is nothing to add up to 1
+        context = layer.norm_1(x)
+        attended = x + attention_in_loops(layer.attn, context, context, mask)[1]
+        return {row: feed_forward(layer, attended[:, row]) for row in rows}
+
+    new = update(getattr(block, "controller", block), memory, lambda row: [c for c in range(N) if sees(row, c)])
+    tokens = [row for row in range(N) if row not in memory]
+    if isinstance(block, ControllerBlock):
+        new |= update(block, tokens, lambda row: [c for c in range(N) if sees(row, c)])
+    else:
+        x = torch.stack([new.get(row, x[:, row]) for row in range(N)], dim=1)  # memory is new, tokens are not
+        near = {row: [c for c in tokens if c != row and abs(c - row) <= window and sees(row, c)] for row in tokens}
+        new |= update(block, tokens, lambda row: [c for c in memory if sees(row, c)] + near.get(row, []))
+    return torch.stack([new[row] for row in range(N)], dim=1)
+
+
 class TestEquivalence:
     """Two computations of one thing agree."""
+
+    @variants([name for name in TWO_STEPS if name in VARIANTS])
+    @pytest.mark.parametrize("window", [0, 2])
+    def test_controller_and_bottleneck_equal_the_papers_two_steps_row_by_row(self, variant, window):
+        model = build(variant, window=window)
+        block, x = model.backbone.blocks[0], torch.randn(2, model.n_read + T + model.n_write, D, requires_grad=True)
+        with torch.no_grad():
+            for name, weight in block.named_parameters():
+                weight.add_(torch.rand_like(weight) * ("norm" in name))
+        actual, carry = block(x, model.mask(T, 0), ())
+        expected = memory_transformer_in_loops(block, x, model.mask_form, window)
+        assert_close(actual, expected)
+        assert carry == ()
+        direction, inputs = torch.randn_like(x), [x, *block.parameters()]
+        assert_close(torch.autograd.grad(actual, inputs, direction), torch.autograd.grad(expected, inputs, direction))
+
+    @variants([name for name, row in VARIANTS.items() if row.block is ControllerBlock])
+    def test_a_controller_with_the_weights_of_its_layer_leaves_shared_weights(self, variant, monkeypatch):
+        monkeypatch.setitem(VARIANTS, "shared", VARIANTS[variant]._replace(block=rmt.Block))
+        apart, shared, tokens = build(variant), build("shared"), text(11)
+        shared.load_state_dict({name: weight for name, weight in apart.state_dict().items() if "controller" not in name})
+        assert not torch.allclose(unroll(apart, tokens)[0], unroll(shared, tokens)[0])
+        for block in apart.backbone.blocks:
+            weights = {name: weight for name, weight in block.state_dict().items() if "controller" not in name}
+            block.controller.load_state_dict(weights)
+        results = []
+        for model in (apart, shared):
+            logits, state = unroll(model, tokens)
+            loss_of(logits, tokens).backward()
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            for name in [name for name in gradients if "controller." in name]:
+                plain = name.replace("controller.", "")
+                gradients[plain] = gradients[plain] + gradients.pop(name)
+            results.append((logits, state.memory, gradients))
+        assert_close(*results)
+
+    @variants([name for name, row in VARIANTS.items() if row.block is BottleneckBlock])
+    def test_memory_is_new_before_tokens_see_it(self, variant):
+        """One layer brings a token to the others of its segment, through a memory row that sees the segment."""
+        changes = changes_of(build(variant, n_layer=1), text(T))
+        alone = [[position] for position in range(T)]
+        assert changes == ([list(range(T))] * T if VARIANTS[variant].mask == "full" else alone)
 
     @pytest.mark.parametrize("n_layer", [1, 3])
     @pytest.mark.parametrize("split", [[11], [4, 4, 3], [1, 4, 2, 4], [10, 1], [1] * 11], ids=str)
@@ -207,13 +295,12 @@ class TestEquivalence:
         cache = torch.randn(2, n_cached, D, requires_grad=True)
         context = torch.cat([x[:, :n_read], cache, x[:, n_read:]], dim=1)
         mask = segment_mask(n_read, n_cached, 3, n_write, form) if form else None
-        (weights, expected), actual = attention_in_loops(layer, x, context, mask), layer(x, context, mask)
+        (_, expected), actual = attention_in_loops(layer, x, context, mask), layer(x, context, mask)
         assert_close(actual, expected)
-        assert_close(layer.weights(x, context, mask), weights)
         direction, inputs = torch.randn_like(x), [x, layer.qkv.weight, layer.out.weight, *[cache] * (n_cached > 0)]
         assert_close(torch.autograd.grad(actual, inputs, direction), torch.autograd.grad(expected, inputs, direction))
 
-    @variants([name for name in READING if VARIANTS[name].block in (rmt.Block, rmt.CacheBlock)])
+    @variants([name for name in READING if name not in TWO_STEPS])
     def test_memory_hidden_from_the_tokens_leaves_the_model_without_memory(self, variant, monkeypatch):
         row = VARIANTS[variant]._replace(read=False, write=False, recurrent=False, mask="causal")
         monkeypatch.setitem(VARIANTS, "memoryless", row)
@@ -319,7 +406,7 @@ class TestEquivalence:
         blocks = list(model.backbone.blocks)
         with calls(*blocks) as cells:  # in the order of the loop
             unroll(model, tokens)
-        hook = blocks[0].norm_1.register_forward_hook(lambda norm, *_: steps.append(norm.weight.detach()))
+        hook = blocks[0].register_forward_hook(lambda block, *_: steps.append(block.norm_1.weight.detach()))
         with calls(blocks[0]) as diagonals:
             unroll_diagonal(model, tokens)
         hook.remove()
@@ -453,14 +540,19 @@ class TestEquivalence:
 
 
 PICTURES = {  # rows look, columns are seen: read, cache, tokens, write
-    ("paper", 2, 1, 3, 2): "xx . ... ..|xx . ... ..|xx x x.. ..|xx x xx. ..|xx x xxx ..|xx . xxx xx|xx . xxx xx",
-    ("causal", 2, 1, 3, 2): "x. . ... ..|xx . ... ..|xx x x.. ..|xx x xx. ..|xx x xxx ..|xx x xxx x.|xx x xxx xx",
-    ("full", 1, 2, 2, 1): "x xx xx x|x xx xx x|x xx xx x|x xx xx x",
-    ("paper", 1, 0, 2, 1): "x .. .|x x. .|x xx .|x xx x",
-    ("causal", 2, 0, 2, 1): "x. .. .|xx .. .|xx x. .|xx xx .|xx xx x",
-    ("full", 2, 0, 1, 0): "xx x|xx x|xx x",
-    ("paper", 0, 3, 2, 0): "xxx x.|xxx xx",
-    ("causal", 0, 3, 2, 0): "xxx x.|xxx xx",
+    ("paper", 2, 1, 3, 2, None): "xx . ... ..|xx . ... ..|xx x x.. ..|xx x xx. ..|xx x xxx ..|xx . xxx xx|xx . xxx xx",
+    ("causal", 2, 1, 3, 2, None): "x. . ... ..|xx . ... ..|xx x x.. ..|xx x xx. ..|xx x xxx ..|xx x xxx x.|xx x xxx xx",
+    ("full", 1, 2, 2, 1, None): "x xx xx x|x xx xx x|x xx xx x|x xx xx x",
+    ("paper", 1, 0, 2, 1, None): "x .. .|x x. .|x xx .|x xx x",
+    ("causal", 2, 0, 2, 1, None): "x. .. .|xx .. .|xx x. .|xx xx .|xx xx x",
+    ("full", 2, 0, 1, 0, None): "xx x|xx x|xx x",
+    ("paper", 0, 3, 2, 0, None): "xxx x.|xxx xx",
+    ("causal", 0, 3, 2, 0, None): "xxx x.|xxx xx",
+    ("paper", 2, 0, 3, 1, 0): "xx ... .|xx ... .|xx ... .|xx ... .|xx ... .|xx xxx x",
+    ("paper", 1, 0, 4, 1, 2): "x .... .|x .... .|x x... .|x xx.. .|x .xx. .|x xxxx x",
+    ("causal", 1, 0, 3, 2, 1): "x ... ..|x ... ..|x x.. ..|x .x. ..|x xxx x.|x xxx xx",
+    ("full", 1, 0, 4, 0, 0): "x xxxx|x ....|x ....|x ....|x ....",
+    ("full", 1, 0, 4, 0, 2): "x xxxx|x .xx.|x x.xx|x xx.x|x .xx.",
 }
 
 
@@ -542,17 +634,21 @@ class TestMemory:
     @pytest.mark.parametrize("variant, has", {
         "transformer": "causal", "mem_transformer": "read paper", "transformer_xl": "cache causal",
         "rmt": "read write recurrent paper", "rmt_xl": "read write recurrent cache paper",
-        "rmt_encoder": "read recurrent full", "armt": "write associative causal"}.items())
+        "rmt_encoder": "read recurrent full", "armt": "write associative causal",
+        "mem_controller": "read write recurrent controller paper", "mem_controller_encoder": "read recurrent controller full",
+        "mem_bottleneck": "read write recurrent bottleneck paper", "mem_bottleneck_encoder": "read recurrent bottleneck full",
+        }.items())
     def test_the_models_of_the_papers_keep_their_rows_of_the_table(self, variant, has):
         row = VARIANTS[variant]
         columns = row._asdict() | {"cache": row.block is rmt.CacheBlock, "associative": row.block is AssociativeBlock,
-                                   "block": False, "mask": False, row.mask: True}
+                                   "controller": row.block is ControllerBlock,
+                                   "bottleneck": row.block is BottleneckBlock, "block": False, "mask": False, row.mask: True}
         assert {name for name, value in columns.items() if value} == set(has.split())
 
-    @pytest.mark.parametrize("form, n_read, n_cache, n_tokens, n_write", PICTURES)
-    def test_mask_equals_its_picture(self, form, n_read, n_cache, n_tokens, n_write):
-        mask = segment_mask(n_read, n_cache, n_tokens, n_write, form)
-        picture = PICTURES[form, n_read, n_cache, n_tokens, n_write].replace(" ", "").split("|")
+    @pytest.mark.parametrize("form, n_read, n_cache, n_tokens, n_write, window", PICTURES)
+    def test_mask_equals_its_picture(self, form, n_read, n_cache, n_tokens, n_write, window):
+        mask = segment_mask(n_read, n_cache, n_tokens, n_write, form, window)
+        picture = PICTURES[form, n_read, n_cache, n_tokens, n_write, window].replace(" ", "").split("|")
         assert ["".join(".x"[may_look] for may_look in row) for row in mask.tolist()] == picture
 
     @variants(CAUSAL)
@@ -560,6 +656,14 @@ class TestMemory:
     def test_no_token_sees_the_future(self, variant, memory_mask):
         changes = changes_of(build(variant, memory_mask=memory_mask), text(11))
         assert [positions[0] for positions in changes] == list(range(11))
+
+    @pytest.mark.parametrize("n_layer", [1, 2, 3])
+    @pytest.mark.parametrize("window", [0, 1, 2])
+    def test_without_a_window_a_bottleneck_hides_the_tokens_of_a_segment_from_each_other(self, n_layer, window):
+        """With one, layers add up; in the next segments memory brings back everything."""
+        changes = changes_of(build("mem_bottleneck", n_layer=n_layer, window=window, segment_len=8), text(16))
+        for position in range(8):
+            assert changes[position] == [*range(position, min(8, position + n_layer * window + 1)), *range(8, 16)]
 
     @variants([name for name, row in VARIANTS.items() if row.mask == "full"])
     def test_an_encoder_sees_its_whole_segment_and_no_later_one(self, variant):
@@ -571,7 +675,7 @@ class TestMemory:
         changes = changes_of(build("transformer_xl", n_layer=n_layer, cache_len=cache_len), text(32))
         assert [position for position in range(32) if 31 in changes[position]] == list(range(31 - reach, 32))
 
-    @variants([name for name in CAUSAL if name in VARIANTS])
+    @variants([name for name in CAUSAL if ROWS[name].block is not Recurrent])
     def test_read_rows_see_no_segment_and_no_token_sees_write_rows_which_see_all(self, variant):
         model, segment = build(variant), text(3)
         weights, widths = attention_maps(model, segment, unroll(model, text(8, seed=1))[1])
@@ -579,28 +683,35 @@ class TestMemory:
         read, tokens, write = (rows.split(widths, dim=-1) for rows in look)
         assert read[0].all() and not any(block.any() for block in read[1:])
         assert tokens[0].all() and tokens[1].all() and not tokens[3].any()
-        assert (tokens[2] == torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]])).all()
+        assert (tokens[2] == {None: torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]]), 0: torch.zeros(3, 3),
+                              1: torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0]])}[model.window]).all()
         among = torch.ones(M, M, dtype=torch.bool)
-        among = (among.tril() if VARIANTS[variant].mask == "causal" else among)[:model.n_write, :model.n_write]
+        among = (among.tril() if ROWS[variant].mask == "causal" else among)[:model.n_write, :model.n_write]
         assert (write[3] == among).all()
         assert write[0].all() and write[2].all() and not write[1].any()
 
-    @variants(VARIANTS)
+    @variants([name for name in ROWS if ROWS[name].block is not Recurrent])
     @pytest.mark.parametrize("n_before", [0, T, 3 * T])
     def test_attention_maps_equal_loops_and_leave_the_model_as_it_was(self, variant, n_before):
-        model, segment = build(variant), text(3)
+        model, segment, attend = build(variant), text(3), F.scaled_dot_product_attention
         state = unroll(model, text(n_before, seed=1))[1] if n_before else model.initial_state(2)
-        layers = [module for module in model.modules() if isinstance(module, Attention)]
+        layers, seen = [module for module in model.modules() if isinstance(module, Attention)], []
         assert {(layer.n_read, layer.n_cache) for layer in layers} == {(model.n_read, model.n_cache)}
-        with calls(*layers) as seen:
-            logits, _ = model(segment, state)
+        hooks = [layer.register_forward_hook(lambda layer, given, _: seen.append((layer, *given))) for layer in layers]
+        logits, _ = model(segment, state)
+        for hook in hooks:
+            hook.remove()
         weights, widths = attention_maps(model, segment, state)
-        in_loops = [attention_in_loops(layer, *given)[0] for layer, (given, _) in zip(layers, seen, strict=True)]
-        assert_close(weights, torch.stack(in_loops))
+        expected = torch.stack([attention_in_loops(layer, *given[:3])[0] for layer, *given in seen])
+        if variant in TWO_STEPS:  # memory rows first
+            memory, tokens = expected[::2], expected[1::2]
+            expected = torch.cat([memory[..., :model.n_read, :], tokens[..., model.n_read:model.n_read + 3, :],
+                                  memory[..., model.n_read + 3:, :]], dim=-2)
+        assert len(weights) == L
+        assert_close(weights, expected)
         assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
         assert widths == [model.n_read, min(n_before, model.n_cache), 3, model.n_write]
-        assert torch.equal(model(segment, state)[0], logits)
-        assert not any(module._forward_pre_hooks for module in model.modules())
+        assert torch.equal(model(segment, state)[0], logits) and F.scaled_dot_product_attention is attend
 
     @variants(ROWS)
     def test_earlier_segments_count_through_the_state_alone(self, variant):
@@ -703,15 +814,16 @@ class TestMemory:
         """In the original RMT code all memory tokens start as one vector."""
         assert torch.pdist(RMT(build(variant).config).memory.detach()).min() > 0.02
 
+    @variants(["rmt", "mem_controller"])
     @pytest.mark.parametrize("tie_weights", [False, True])
-    def test_weights_start_at_the_size_their_table_gives(self, tie_weights):
+    def test_weights_start_at_the_size_their_table_gives(self, variant, tie_weights):
         sizes = {"d_model": 64, "n_mem": 64, "vocab_size": 64, "n_layer": 3}
-        model = RMT(build(**sizes, write_slot="both", tie_weights=tie_weights).config)
+        model = RMT(build(variant, **sizes, write_slot="both", tie_weights=tie_weights).config)
         fan_in = 0.7 / math.sqrt(64)
         expected = {"memory": 0.02, "write_embedding": 0.02, "embed.weight": fan_in if tie_weights else 0.5,
                     "attn.out.weight": fan_in / math.sqrt(6), "mlp.2.weight": fan_in / 2 / math.sqrt(6)}
         for name, weight in model.named_parameters():
-            size = expected.get(re.sub(r".*\d\.(?=attn|mlp)", "", name), fan_in)
+            size = expected.get(re.sub(r".*(\d|controller)\.(?=attn|mlp)", "", name), fan_in)
             assert (weight == 1).all() if "norm" in name else abs(weight.std() / size - 1) < 0.05
         for block in RMT(replace(model.config, variant="armt", d_assoc=64)).backbone.blocks:
             assert not block.w_v.weight.any() and torch.equal(block.w_q.weight, block.w_k.weight)
@@ -924,6 +1036,20 @@ class TestGradient:
         assert isinstance(cut, State) and all(map(torch.equal, tensors(cut), tensors(state)))
 
 
+class Returning(nn.Module):
+    """A backbone that returns what a function makes of its rows."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.returned = returned
+
+    def initial_carry(self, batch_size):
+        return ()
+
+    def forward(self, x, mask, carry):
+        return self.returned(x)
+
+
 def segment_of(tokens, state=None, variant="rmt"):
     """Run one segment, from the initial state for two sequences unless another is given."""
     model = build(variant)
@@ -960,7 +1086,7 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: Config(memory_noise="1"), ValueError, "memory_noise='1' must be from 0 to below inf"),
     (lambda: Config(tie_weights="no"), ValueError, "tie_weights='no' must be True or False"),
     (lambda: Config(memory_noise=math.inf), ValueError, "memory_noise=inf must be from 0 to below inf"),
-    (lambda: build("lstm"), ValueError, "variant='lstm' must be one of transformer, mem_transformer"),
+    (lambda: build("lstm"), ValueError, "variant='lstm' must be one of transformer, transformer_xl"),
     (lambda: segment_of([[1, 2]]), TypeError, "tokens are list and must be a tensor of integers, for example"),
     (lambda: segment_of(torch.rand(2, 3)), TypeError, "tokens are torch.float64 and must be a tensor of integers"),
     (lambda: segment_of(text(3) > 5), TypeError, "tokens are torch.bool and must be a tensor of integers"),
@@ -995,16 +1121,29 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: generate(build(), text(3), 1, top_k=0), ValueError, "top_k=0 must be None or an integer above 0"),
     (lambda: generate(build("rmt_encoder"), text(3), 1), ValueError, "sees whole segments and cannot generate"),
     (lambda: attention_maps(build("rmt around a GRU"), text(3), build("rmt around a GRU").initial_state(2)), ValueError,
-     "attention_maps needs a backbone with rmt.Attention layers, and this one has none"),
+     "attention_maps needs layers that call F.scaled_dot_product_attention, and these do not"),
+    (lambda: RMT(build().config, nn.GRU(D, D)), TypeError, "wrap GRU in a module that has them"),
+    (lambda: RMT(build(d_model=32).config, Recurrent()), ValueError, "backbone fails on shape (1, 7, 32): input.size(-1)"),
+    (lambda: RMT(build().config, Returning(lambda x: (x[:, 1:], ()))), ValueError,
+     "backbone makes (1, 6, 16) of shape (1, 7, 16) and must make (1, 7, 16), see Config"),
+    (lambda: RMT(build().config, Returning(lambda x: (x[..., 1:], ()))), ValueError, "backbone makes (1, 7, 15) of shape"),
+    (lambda: RMT(build().config, Returning(lambda x: x)), ValueError, "backbone fails on shape (1, 7, 16): not enough"),
+    (lambda: RMT(build().config, Returning(lambda x: ("x", ()))), ValueError, "backbone fails on shape (1, 7, 16): 'str'"),
+    (lambda: RMT(build().config, embed=nn.Embedding(V, D + 1)), ValueError, "embed makes (1, 1, 17) of shape (1, 1) and"),
+    (lambda: RMT(build().config, embed=nn.Embedding(V - 1, D)), ValueError, "embed fails on shape (1, 1): index out of"),
+    (lambda: RMT(build().config, head=nn.Linear(D, V + 1)), ValueError, "head makes (1, 7, 12) of shape (1, 7, 16) and"),
+    (lambda: RMT(build().config, head=nn.Linear(D + 1, V)), ValueError, "head fails on shape (1, 7, 16): mat1 and mat2"),
+    (lambda: RMT(build(tie_weights=True).config, head=nn.Linear(D, V)), ValueError, "tie_weights=True cannot tie a head"),
     *[(lambda name=name: build(name, n_mem=0), ValueError, f"n_mem=0 must be at least 1 for '{name}'")
       for name, row in VARIANTS.items() if row.read or row.write],
     *[(lambda name=name: build(name, cache_len=0), ValueError, f"cache_len=0 must be at least 1 for '{name}'")
       for name in CACHED],
-    *[(lambda name=name: build(f"{name} around a GRU"), ValueError, "a backbone goes with one of transformer,")
+    *[(lambda name=name: build(f"{name} around a GRU"), ValueError, "has layers of its own: a backbone fits 'rmt'")
       for name, row in VARIANTS.items() if row.block is not rmt.Block],
     *[(lambda name=name, value=value: Config(**{name: value}), ValueError, f"{name}={value!r} must be an integer")
-      for name in ("vocab_size", "segment_len", "n_layer", "n_head", "d_model", "n_mem", "cache_len", "d_assoc", "nu")
-      for value in (-1, 8.0, True, "8", *[0] * (name not in ("n_mem", "cache_len")))],
+      for name in ("vocab_size", "segment_len", "n_layer", "n_head", "d_model", "n_mem", "cache_len", "d_assoc", "nu",
+                   "window")
+      for value in (-1, 8.0, True, "8", *[0] * (name not in ("n_mem", "cache_len", "window")))],
 ]
 
 
@@ -1022,7 +1161,8 @@ class TestErrors:
         for mistake, error, _ in ERRORS:
             with pytest.raises(error) as caught:
                 mistake()
-            raised.add(caught.traceback[-2].lineno + 1)
+            if caught.traceback[-1].name == "require":
+                raised.add(caught.traceback[-2].lineno + 1)
         assert raised == checks
 
 

@@ -73,7 +73,8 @@ FLAGS = {  # group, flag, default, help
         "save_every": (250, "steps between checkpoints"),
         "out": ("", "folder to write to, default out/TEXT-N with the first N that is free"),
         "resume": (False, "go on with the run in --out, to the same numbers as if it had not stopped")}}
-LIMITS = {"bptt_depth": (-1, 10**9), "window": (0, 10**9), "reset_every": (0, 10**9), "top_k": (0, 10**9), "seed": (0, 2**31 - 1)}
+LIMITS = {"bptt_depth": (-1, 10**9), "window": (0, 10**9), "reset_every": (0, 10**9), "top_k": (0, 10**9),
+          "seed": (0, 2**31 - 1)}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))

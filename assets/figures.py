@@ -9,6 +9,7 @@ The scripts take the pictures of a run from here.
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 
@@ -227,7 +228,6 @@ def draw_attention(model, tokens, n_answer, text):
 
     tokens (1, length), whose last n_answer outputs are the answer; text is a function that writes tokens as characters.
     """
-    from rmt import attention_maps
     T, n_layer, state = model.config.segment_len, model.config.n_layer, model.initial_state(1)
     answer = (tokens.size(1) - n_answer) // T
     figure, axes = plt.subplots(2, n_layer, squeeze=False, figsize=(4 * n_layer, 7.6), layout="constrained")
@@ -269,6 +269,36 @@ def draw_position(results):
     axis.set(xlabel="position in the segment, characters", ylabel="bits per character")
     axis.legend(fontsize=8)
     return figure
+
+
+def attention_maps(model, tokens, state):
+    """Attention weights of all layers and heads for one segment, tokens (B, T); they cost nothing when not asked for.
+
+    Returns weights (L, B, H, N, C + N), rows look and columns are seen, and the widths of the blocks of columns:
+    `read, cache, tokens, write = weights.split(widths, dim=-1)`; rows have the same blocks without the cache.
+    Raises ValueError for a backbone whose layers do not call F.scaled_dot_product_attention.
+    """
+    import torch
+    import torch.nn.functional as F
+    weights, attend = [], F.scaled_dot_product_attention
+
+    def recorded(q, k, v, attn_mask=None, is_causal=False, **options):
+        scores = q @ k.mT / q.size(-1) ** 0.5
+        mask = torch.ones_like(scores).tril().bool() if is_causal else attn_mask
+        masked = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights.append(masked.softmax(dim=-1))
+        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", recorded):
+        model(tokens, state)
+    if not weights:
+        raise ValueError("attention_maps needs layers that call F.scaled_dot_product_attention, and these do not")
+    n_layer, N = model.config.n_layer, weights[0].size(-2)
+    maps = torch.stack(weights[-1::-len(weights) // n_layer][::-1])
+    if len(weights) == 2 * n_layer:  # memory rows and tokens were computed one after the other
+        memory = [*range(model.n_read), *range(N - model.n_write, N)]
+        maps[..., memory, :] = torch.stack(weights[::2])[..., memory, :]
+    return maps, [model.n_read, maps.size(-1) - N, tokens.size(1), model.n_write]
 
 
 def draw_map(axis, weights, widths, names):
