@@ -74,7 +74,7 @@ class Recurrent(nn.Module):
         return 0
 
     def initial_carry(self, batch_size):
-        return torch.zeros(batch_size, D), torch.zeros(batch_size)
+        return self.scale.new_zeros(batch_size, D), self.scale.new_zeros(batch_size)
 
     def forward(self, x, mask, carry):
         y, hidden = self.gru(x, carry[0][None])
@@ -250,7 +250,7 @@ class TestEquivalence:
     def test_a_controller_with_the_weights_of_its_layer_leaves_shared_weights(self, variant, monkeypatch):
         monkeypatch.setitem(VARIANTS, "shared", VARIANTS[variant]._replace(block=rmt.Block))
         apart, shared, tokens = build(variant), build("shared"), text(11)
-        shared.load_state_dict({name: weight for name, weight in apart.state_dict().items() if "controller" not in name})
+        shared.load_state_dict({name: p for name, p in apart.state_dict().items() if "controller" not in name})
         assert not torch.allclose(unroll(apart, tokens)[0], unroll(shared, tokens)[0])
         for block in apart.backbone.blocks:
             weights = {name: weight for name, weight in block.state_dict().items() if "controller" not in name}
@@ -533,10 +533,64 @@ class TestEquivalence:
         assert tied.head.weight is tied.embed.weight
         assert_close(tied.embed.weight.grad, free.embed.weight.grad + free.head.weight.grad)
 
-    def test_a_foreign_backbone_keeps_its_own_weights(self):
-        backbone = Recurrent()
-        before = copy.deepcopy(backbone.state_dict())
-        assert_close(dict(RMT(build().config, backbone).backbone.state_dict()), dict(before), 0)
+    def test_parts_of_yours_keep_their_weights_and_ours_go_where_they_are(self):
+        parts = {"backbone": Recurrent(), "embed": nn.Embedding(V, D), "head": nn.Linear(D, V)}
+        for given in [{name: part} for name, part in parts.items()] + [parts]:
+            given, before = copy.deepcopy(given), copy.deepcopy(given)
+            model = RMT(build().config, **given)
+            for name, part in before.items():
+                assert_close(dict(getattr(model, name).state_dict()), dict(part.state_dict()), 0)
+        for place in (torch.bfloat16, "meta"):
+            weights = RMT(build().config, Recurrent().to(place)).parameters()
+            assert {weight.dtype if place == torch.bfloat16 else weight.device.type for weight in weights} == {place}
+
+    def test_a_head_of_yours_gets_rows_as_the_backbone_leaves_them(self):
+        model = RMT(build(write_slot="embedding").config, head=nn.Linear(D, V)).eval()
+        with calls(model.backbone, model.head) as seen:
+            _, state = model(text(T), model.initial_state(2))
+        (_, (x, _)), ((rows,), _) = seen
+        assert torch.equal(rows, x[:, M:-M]) and torch.equal(state.memory, x[:, -M:])
+        assert state.memory.untyped_storage().nbytes() == 8 * state.memory.numel()
+
+    @pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_memory_around_a_hugging_face_model_equals_a_loop_by_hand(self, kind, attention):
+        transformers = pytest.importorskip("transformers")
+        torch.set_default_dtype(torch.float32)
+        torch.manual_seed(0)
+        readme = re.search(r"from transformers.*?(?=\ngpt =)", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+        exec(readme, namespace := {"torch": torch})
+        sizes = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "attn_implementation": attention, "bos_token_id": 0, "eos_token_id": 0}
+        sizes |= {"intermediate_size": 40, "num_key_value_heads": 2} if kind == "Llama" else {}
+        inner = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+        before = copy.deepcopy(inner.state_dict())
+        model = RMT(Config(vocab_size=V, d_model=D, segment_len=T, n_mem=M), namespace["HuggingFace"](inner.base_model),
+                    inner.get_input_embeddings(), inner.get_output_embeddings()).eval()
+        assert_close(dict(inner.state_dict()), dict(before), 0)
+        tokens, memory, pieces = text(3 * T), model.memory.expand(2, -1, -1), []
+        hidden = torch.tensor([[row < M <= column or (row < M + T and column > max(row, M - 1))
+                                for column in range(M + T + M)] for row in range(M + T + M)])
+        hidden = torch.zeros(2, 1, *hidden.shape).masked_fill(hidden, -1e9)
+        for segment in tokens.split(T, dim=1):
+            rows = torch.cat([memory, inner.get_input_embeddings()(segment), memory], dim=1)
+            rows = inner.base_model(inputs_embeds=rows, attention_mask=hidden).last_hidden_state
+            memory = rows[:, -M:]
+            pieces.append(inner.get_output_embeddings()(rows[:, M:-M]))
+        logits, state = unroll(model, tokens)
+        assert_close([logits, state.memory], [torch.cat(pieces, dim=1), memory], 1e-5)
+        new = generate(model, tokens, 2 * T, temperature=0)
+        assert torch.equal(new, unroll(model, torch.cat([tokens, new], dim=1))[0][:, 3 * T - 1:-1].argmax(-1))
+
+        start, optimizer = model.memory.detach().clone(), torch.optim.AdamW(model.parameters(), 0.01)
+        losses = []
+        for _ in range(20):  # only the last segment counts: the initial memory learns across two boundaries
+            loss = F.cross_entropy(unroll(model, tokens)[0][:, -T:].flatten(0, 1), tokens[:, :T].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+        assert ((model.memory - start).norm(dim=-1) > 0.01).all() and losses[-1] < losses[0] / 2
 
 
 PICTURES = {  # rows look, columns are seen: read, cache, tokens, write
@@ -635,14 +689,14 @@ class TestMemory:
         "transformer": "causal", "mem_transformer": "read paper", "transformer_xl": "cache causal",
         "rmt": "read write recurrent paper", "rmt_xl": "read write recurrent cache paper",
         "rmt_encoder": "read recurrent full", "armt": "write associative causal",
-        "mem_controller": "read write recurrent controller paper", "mem_controller_encoder": "read recurrent controller full",
-        "mem_bottleneck": "read write recurrent bottleneck paper", "mem_bottleneck_encoder": "read recurrent bottleneck full",
-        }.items())
+        "mem_controller": "read write recurrent controller paper",
+        "mem_controller_encoder": "read recurrent controller full",
+        "mem_bottleneck": "read write recurrent bottleneck paper",
+        "mem_bottleneck_encoder": "read recurrent bottleneck full"}.items())
     def test_the_models_of_the_papers_keep_their_rows_of_the_table(self, variant, has):
         row = VARIANTS[variant]
-        columns = row._asdict() | {"cache": row.block is rmt.CacheBlock, "associative": row.block is AssociativeBlock,
-                                   "controller": row.block is ControllerBlock,
-                                   "bottleneck": row.block is BottleneckBlock, "block": False, "mask": False, row.mask: True}
+        columns = row._asdict() | {"block": False, "mask": False, row.mask: True,
+                                   row.block.__name__.removesuffix("Block").lower(): row.block is not rmt.Block}
         assert {name for name, value in columns.items() if value} == set(has.split())
 
     @pytest.mark.parametrize("form, n_read, n_cache, n_tokens, n_write, window", PICTURES)
@@ -1123,17 +1177,17 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: attention_maps(build("rmt around a GRU"), text(3), build("rmt around a GRU").initial_state(2)), ValueError,
      "attention_maps needs layers that call F.scaled_dot_product_attention, and these do not"),
     (lambda: RMT(build().config, nn.GRU(D, D)), TypeError, "wrap GRU in a module that has them"),
-    (lambda: RMT(build(d_model=32).config, Recurrent()), ValueError, "backbone fails on shape (1, 7, 32): input.size(-1)"),
+    (lambda: RMT(build(d_model=32).config, Recurrent()), ValueError, "backbone fails on shape (1, 7, 32): input"),
     (lambda: RMT(build().config, Returning(lambda x: (x[:, 1:], ()))), ValueError,
      "backbone makes (1, 6, 16) of shape (1, 7, 16) and must make (1, 7, 16), see Config"),
-    (lambda: RMT(build().config, Returning(lambda x: (x[..., 1:], ()))), ValueError, "backbone makes (1, 7, 15) of shape"),
+    (lambda: RMT(build().config, Returning(lambda x: (x[..., 1:], ()))), ValueError, "backbone makes (1, 7, 15) of"),
     (lambda: RMT(build().config, Returning(lambda x: x)), ValueError, "backbone fails on shape (1, 7, 16): not enough"),
-    (lambda: RMT(build().config, Returning(lambda x: ("x", ()))), ValueError, "backbone fails on shape (1, 7, 16): 'str'"),
-    (lambda: RMT(build().config, embed=nn.Embedding(V, D + 1)), ValueError, "embed makes (1, 1, 17) of shape (1, 1) and"),
-    (lambda: RMT(build().config, embed=nn.Embedding(V - 1, D)), ValueError, "embed fails on shape (1, 1): index out of"),
-    (lambda: RMT(build().config, head=nn.Linear(D, V + 1)), ValueError, "head makes (1, 7, 12) of shape (1, 7, 16) and"),
-    (lambda: RMT(build().config, head=nn.Linear(D + 1, V)), ValueError, "head fails on shape (1, 7, 16): mat1 and mat2"),
-    (lambda: RMT(build(tie_weights=True).config, head=nn.Linear(D, V)), ValueError, "tie_weights=True cannot tie a head"),
+    (lambda: RMT(build().config, Returning(lambda x: ("x", ()))), ValueError, "backbone fails on shape (1, 7, 16): 's"),
+    (lambda: RMT(build().config, embed=nn.Embedding(V, D + 1)), ValueError, "embed makes (1, 1, 17) of shape (1, 1)"),
+    (lambda: RMT(build().config, embed=nn.Embedding(V - 1, D)), ValueError, "embed fails on shape (1, 1): index out"),
+    (lambda: RMT(build().config, head=nn.Linear(D, V + 1)), ValueError, "head makes (1, 7, 12) of shape (1, 7, 16)"),
+    (lambda: RMT(build().config, head=nn.Linear(D + 1, V)), ValueError, "head fails on shape (1, 7, 16): mat1"),
+    (lambda: RMT(build(tie_weights=True).config, head=nn.Linear(D, V)), ValueError, "tie_weights=True cannot tie a"),
     *[(lambda name=name: build(name, n_mem=0), ValueError, f"n_mem=0 must be at least 1 for '{name}'")
       for name, row in VARIANTS.items() if row.read or row.write],
     *[(lambda name=name: build(name, cache_len=0), ValueError, f"cache_len=0 must be at least 1 for '{name}'")
@@ -1315,8 +1369,12 @@ class TestScripts:
 
     def test_the_readme_is_true(self):
         readme, namespace = (ROOT / "README.md").read_text(), {}
-        exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], namespace)
+        first, second = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        exec(first, namespace)
         assert namespace["logits"].shape == (1, 296, 256)
+        pytest.importorskip("transformers")
+        exec(second, namespace)
+        assert unroll(namespace["model"], torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 50257)
         from assets.figures import associative_tables, language_tables, tables
         for line in [*tables(), *language_tables(), *associative_tables()]:  # reported is what is in assets/results
             assert line in readme
@@ -1376,6 +1434,12 @@ class TestScripts:
         other = run_train_copy("--resume", "--out", "a", "--segments", 6, cwd=tmp_path)
         assert other.returncode == 2 and "--segments 6: the run in a has 3" in other.stderr
         assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+        saved = torch.load(tmp_path / "a" / "checkpoint.pt")
+        saved["runs"]["mem_controller"] = saved["runs"].pop("rmt")
+        torch.save(saved, tmp_path / "a" / "checkpoint.pt")
+        unfit = run_train_copy("--resume", "--out", "a", cwd=tmp_path)
+        assert unfit.returncode == 2 and len(unfit.stderr.splitlines()) == 1
+        assert "controller.norm_1.weight has shape none there, (16,) here" in unfit.stderr
         (tmp_path / "a" / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:1000])
         truncated = run_train_copy("--resume", "--out", "a", cwd=tmp_path)
         assert truncated.returncode == 2 and "--out a cannot be resumed" in truncated.stderr
@@ -1655,7 +1719,7 @@ class TestLanguage:
         other = run_train_lm("--resume", "--out", "a", "--n-mem", 3, cwd=folder)
         assert other.returncode == 2 and "--n-mem 3: the run in a has 2" in other.stderr
         model = run_train_lm("--sample", "--out", "a", "--model", "transformer", cwd=folder)
-        assert model.returncode == 2 and "--model transformer: the run in a has rmt" in model.stderr
+        assert model.returncode == 2 and "--model transformer: the checkpoint has rmt" in model.stderr
         prompt = run_train_lm("--sample", "--out", "a", "--prompt", "\u00e9", cwd=folder)
         assert prompt.returncode == 2 and "has bytes that the training part has not" in prompt.stderr
         other = run_train_lm("--sample", "--out", "a", "--segment-len", 9, cwd=folder)
@@ -1664,6 +1728,18 @@ class TestLanguage:
         text = run_train_lm("--resume", "--out", "a", cwd=folder)
         assert text.returncode == 2 and "the text has 1 different characters" in text.stderr
         assert {path.name: path.read_bytes() for path in (folder / "a").iterdir()} == before
+        (folder / "a.txt").write_text(TEXT)
+        saved = torch.load(folder / "a" / "checkpoint.pt")
+        saved["runs"]["rmt"]["model"]["memory"] = torch.zeros(3, 16)
+        torch.save(saved, folder / "a" / "checkpoint.pt")
+        for flags in ("--resume", "--sample"):
+            unfit = run_train_lm(flags, "--out", "a", cwd=folder)
+            assert unfit.returncode == 2 and len(unfit.stderr.splitlines()) == 1
+            assert "the checkpoint does not fit 'rmt': memory has shape (3, 16) there, (2, 16) here" in unfit.stderr
+        saved["runs"]["transformer"] = saved["runs"].pop("rmt")
+        torch.save(saved, folder / "a" / "checkpoint.pt")
+        other = run_train_lm("--resume", "--out", "a", cwd=folder)
+        assert other.returncode == 2 and "--model rmt: the checkpoint has transformer" in other.stderr
         (folder / "a" / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:1000])
         for flags in ("--resume", "--sample"):
             truncated = run_train_lm(flags, "--out", "a", cwd=folder)

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 
-from assets.run import fail, load, parse, setup, start, write, write_config, write_csv, write_report
+from assets.run import fail, fill, load, parse, save, setup, start, write_flags, write_report
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -202,9 +202,8 @@ def save_runs(args, runs):
     states = {name: {**run, "model": run["model"].state_dict(), "optimizer": run["optimizer"].state_dict(),
                      "data": run["data"].get_state()} for name, run in runs.items()}
     rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state(args.device)] if args.device.startswith("cuda") else [])]
-    write(args.out / "checkpoint.pt", lambda path: torch.save({"runs": states, "rng": rng}, path))
     rows = [["model", "step", "segments", "loss", *(f"accuracy_{n}" for n in args.lengths)]]
-    write_csv(args.out / "metrics.csv", rows + [row for run in runs.values() for row in run["rows"]])
+    save(args.out, {"runs": states, "rng": rng}, rows + [row for run in runs.values() for row in run["rows"]])
 
 
 def load_runs(args):
@@ -212,10 +211,10 @@ def load_runs(args):
     saved, runs = load(args.out / "checkpoint.pt", "runs", "rng"), {}
     for name, state in saved["runs"].items():
         runs[name] = run = new_run(args, name)
-        for key in ("model", "optimizer"):
-            run[key].load_state_dict(state.pop(key))
+        fill(run["model"], saved, name)
+        run["optimizer"].load_state_dict(state.pop("optimizer"))
         run["data"].set_state(state.pop("data"))
-        run.update(state)
+        run.update({key: value for key, value in state.items() if key != "model"})
     torch.set_rng_state(saved["rng"][0])
     if args.device.startswith("cuda") and len(saved["rng"]) > 1:
         torch.cuda.set_rng_state(saved["rng"][1], args.device)
@@ -272,7 +271,7 @@ def main(args):
     try:
         runs = load_runs(args) if args.resume else {}
         save_runs(args, runs)
-        write_config(args)
+        write_flags(args)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to go on with
     except Exception as reason:  # whatever is wrong with a file or folder, it is one line for the user
         what = "resumed, start anew with another --out" if args.resume else "written, name another folder"

@@ -25,7 +25,7 @@ from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
-from assets.run import RANK, RANKS, fail, fetch, load, parse, setup, start, write, write_config, write_csv, write_report
+from assets.run import RANK, RANKS, fail, fetch, fill, load, parse, save, setup, start, write, write_flags, write_report
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
@@ -279,8 +279,7 @@ def save_runs(args, runs, text):
     checkpoint = {"runs": saved, "ranks": ranks, "vocabulary": list(text.vocabulary), "sha256": text.sha256}
     rows = [["model", "step", "characters", "seconds", "train_bpc", "valid_bpc"]]
     if RANK == 0:
-        write(args.out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
-        write_csv(args.out / "metrics.csv", rows + [row for run in runs.values() for row in run["rows"]])
+        save(args.out, checkpoint, rows + [row for run in runs.values() for row in run["rows"]])
 
 
 def load_runs(args, runs, text):
@@ -293,10 +292,10 @@ def load_runs(args, runs, text):
         raise ValueError(f"the run in {args.out} began on {len(saved['ranks'])} ranks, not {RANKS}: --nproc-per-node")
     mine = saved["ranks"][RANK]
     for name, run in runs.items():
-        for key in ("model", "optimizer"):
-            run[key].load_state_dict(saved["runs"][name].pop(key))
+        fill(run["model"], saved, name)
+        run["optimizer"].load_state_dict(saved["runs"][name]["optimizer"])
         states = [s and map_tensors(lambda t: t.to(args.device), State(*s)) for s in mine["states"][name]]
-        run.update(saved["runs"][name], states=states)
+        run.update({key: saved["runs"][name][key] for key in ("step", "bpc", "rows", "seconds")}, states=states)
     torch.set_rng_state(mine["rng"][0])
     if args.device.startswith("cuda") and len(mine["rng"]) > 1:
         torch.cuda.set_rng_state(mine["rng"][1], args.device)
@@ -358,10 +357,8 @@ def prepare(args):
 def sample(args):
     """Print text while the model in --out writes it."""
     saved = load(args.out / "checkpoint.pt", "runs", "vocabulary")
-    if args.model not in saved["runs"]:
-        raise ValueError(f"--model {args.model}: the run in {args.out} has {', '.join(saved['runs'])}")
     model = build(args, args.model, len(saved["vocabulary"]))
-    model.load_state_dict(saved["runs"][args.model]["model"])
+    fill(model, saved, args.model)
     for piece in write_on(args, model, bytes(saved["vocabulary"]), os.fsencode(args.prompt)):
         sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
@@ -379,7 +376,7 @@ def main(args):
         fail(reason)
     save_runs(args, runs, text)
     if RANK == 0:
-        write_config(args)
+        write_flags(args)
         width = args.segments_per_step * args.segment_len
         print(f"{' '.join(args.data)}: {len(text.train)} + {len(text.valid)} + {len(text.test)} characters, "
               f"{len(text.vocabulary)} different ones, sha256 {text.sha256[:16]}..."

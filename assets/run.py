@@ -148,6 +148,14 @@ def write(path, writer):
             temporary.unlink()
 
 
+def save(out, checkpoint, rows):
+    """checkpoint.pt, and metrics.csv with one line per row."""
+    import torch
+    lines = [",".join(f"{x:.5f}" if type(x) is float else str(x) for x in row) for row in rows]
+    write(out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+    write(out / "metrics.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
+
+
 def load(path, *keys):
     """The dict with these keys that torch.save wrote. Raises ValueError."""
     import torch
@@ -156,6 +164,19 @@ def load(path, *keys):
         return {key: saved[key] for key in keys}
     except Exception as reason:  # whatever is wrong with a file, it is one line for the user
         raise ValueError(f"{path} is no checkpoint to go on with: {reason!r}") from reason
+
+
+def fill(model, saved, name):
+    """Load the weights of one run of a checkpoint. Raises ValueError with both shapes where they do not fit."""
+    if name not in saved["runs"]:
+        raise ValueError(f"--model {name}: the checkpoint has {', '.join(saved['runs']) or 'no run yet'}")
+    weights = saved["runs"][name]["model"]
+    given, needed = ({key: tuple(t.shape) for key, t in some.items()} for some in (weights, model.state_dict()))
+    for key in needed | given:
+        if given.get(key) != needed.get(key):
+            raise ValueError(f"the checkpoint does not fit {name!r}: {key} has shape {given.get(key, 'none')} there, "
+                             f"{needed.get(key, 'none')} here")
+    model.load_state_dict(weights)
 
 
 def fetch(name):
@@ -187,16 +208,10 @@ def fetch(name):
     return path
 
 
-def write_config(args):
+def write_flags(args):
     """config.json, for the next parse."""
     config = json.dumps(vars(args) | {"out": str(args.out), "resume": False, "device": args.device_flag}, indent=1)
     write(args.out / "config.json", lambda path: path.write_text(config))
-
-
-def write_csv(path, rows):
-    """A table of comma-separated values."""
-    lines = [",".join(f"{x:.5f}" if type(x) is float else str(x) for x in row) for row in rows]
-    write(path, lambda path: path.write_text("\n".join(lines) + "\n"))
 
 
 def write_report(args, results, figures):
