@@ -719,6 +719,10 @@ class TestMemory:
         for position in range(8):
             assert changes[position] == [*range(position, min(8, position + n_layer * window + 1)), *range(8, 16)]
 
+    def test_no_token_sees_its_neighbours_in_a_bottleneck_whatever_the_order(self):
+        model = build("mem_bottleneck", memory_mask="causal")
+        assert changes_of(model, text(2 * T))[:T] == [[position, *range(T, 2 * T)] for position in range(T)]
+
     @variants([name for name, row in VARIANTS.items() if row.mask == "full"])
     def test_an_encoder_sees_its_whole_segment_and_no_later_one(self, variant):
         assert [positions[0] for positions in changes_of(build(variant), text(11))] == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8]
@@ -1977,6 +1981,74 @@ class TestLanguage:
 
 # ------------------------------------------------------------------------------------------------------------ learning
 
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def sources(notebook, kind):
+    """The cells of a notebook of one kind, code or markdown."""
+    return [cell["source"] for cell in notebook.cells if cell["cell_type"] == kind]
+
+
+def solve(notebook):
+    """Put each folded solution into the code cell that it begins like."""
+    text = "\n".join(sources(notebook, "markdown"))
+    for solution in re.findall(r"<summary>Solution.*?```python\n(.*?)\n```", text, re.DOTALL):
+        (stub,) = [cell for cell in notebook.cells if cell["cell_type"] == "code"
+                   and cell["source"].startswith(solution.split("\n")[0])]
+        assert "return None" in stub["source"]
+        stub["source"] = solution
+
+
+def run_notebook(path, solved=False):
+    """What a notebook prints when it is run in its folder; an error in it is raised."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(path, 4)
+    if solved:
+        solve(notebook)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebooks:
+    """Every notebook runs, as it is and with its exercises solved, and was committed as it ran."""
+
+    def test_a_quick_run_has_exercises_to_do(self, path, monkeypatch):
+        monkeypatch.setenv("RMT_FAST", "1")
+        printed = run_notebook(path)
+        assert re.findall(r": (TODO|OK|not yet)", printed) == ["TODO"] * printed.count("TODO") != []
+
+    def test_a_quick_run_with_the_solutions_is_right(self, path, monkeypatch):
+        monkeypatch.setenv("RMT_FAST", "1")
+        printed = run_notebook(path, solved=True)
+        assert printed.count(": OK") > 1 and "TODO" not in printed and "not yet" not in printed
+
+    @pytest.mark.slow
+    def test_all_that_it_claims_holds(self, path, monkeypatch):
+        monkeypatch.delenv("RMT_FAST", raising=False)
+        printed = run_notebook(path)
+        assert "holds: " in printed and "does not hold" not in printed
+
+    def test_it_was_committed_as_it_ran_and_starts_anywhere(self, path):
+        nbformat = pytest.importorskip("nbformat")
+        notebook, raw = nbformat.read(path, 4), path.read_text()
+        nbformat.validate(notebook)
+        assert len(raw) < 500_000 and "widget" not in raw and not re.search(r"/(tmp|home|root|work|Users)/", raw)
+        assert notebook.cells[0]["source"].startswith("[![Open In Colab](https://colab.research.google.com/assets/")
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        printed = "".join(output.get("text", "") for output in outputs)
+        assert "holds: " in printed and "does not hold" not in printed
+        assert not any(output["output_type"] == "error" for output in outputs)
+        pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+        assert pictures and all(len(output["metadata"]["image/png"]["alt"]) > 50 for output in pictures)
+        for source in sources(notebook, "code"):
+            assert not re.search(r"^\s*[!%]", source, re.MULTILINE)
+            for node in ast.walk(ast.parse(source)):
+                assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 30
+        (setup,) = [source for source in sources(notebook, "code") if "git" in source]
+        assert "rmt.py" in setup and "sys.path" in setup
+
+
 @pytest.mark.slow
 class TestLearning:
     """What the models learn, in minutes on a CPU."""
@@ -2350,14 +2422,14 @@ MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that
      "test_transformer_xl_with_a_long_cache_equals_one_long_transformer"),
     ("rotation is a reflection", "a * sin + b * cos", "a * sin - b * cos",
      "test_attention_equals_loops_over_complex_rotations"),
-    ("the state lives on the module", "memory = self.norm(written)",
-     "memory = self.norm(written); self.memory.data.copy_(memory[0])",
+    ("the state lives on the module", "segment alive\n",
+     "segment alive\n        self.memory.data.copy_(memory[0])\n",
      "test_earlier_segments_count_through_the_state_alone"),
     ("read rows are handed on", "self.hand_on(write if self.n_write else read)", "self.hand_on(read)",
      "test_handed_on_memory_is_the_written_rows_normed_or_raw"),
-    ("raw memory keeps its segment alive", "written.clone()", "written",
+    ("raw memory keeps its segment alive", "self.norm(written)).clone()", "self.norm(written))",
      "test_handed_on_memory_is_the_written_rows_normed_or_raw"),
-    ("memory skips the norm", "memory = self.norm(written)", "memory = written.clone()",
+    ("memory skips the norm", "(written if raw else self.norm(written))", "written",
      "test_memory_is_bounded_for_a_thousand_segments_and_grows_where_it_is_raw"),
     ("all memory rows start as one", '"memory": 0.02', '"memory": 0.0', "test_initial_memory_rows_differ"),
     ("noise in evaluation", "if self.training and self.config.memory_noise", "if self.config.memory_noise",
@@ -2393,7 +2465,7 @@ MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that
      "test_a_layer_reads_before_its_first_norm_and_writes_what_comes_out"),
     ("an untrained memory speaks", '"w_v.weight": 0.0', '"w_v.weight": 0.1',
      "test_untrained_associative_memory_leaves_the_plain_model"),
-    ("keys begin elsewhere than queries", "w_k.weight.copy_(block.w_q.weight)", "w_k.weight.copy_(block.w_k.weight)",
+    ("keys begin elsewhere than queries", 'name.replace("w_k", "w_q")', "name",
      "test_weights_start_at_the_size_their_table_gives"),
     ("the memory is in half precision", "torch.promote_types(weight.dtype, torch.float32)", "weight.dtype",
      "test_z_never_decreases_and_the_memory_stays_in_float32_under_autocast"),
@@ -2407,8 +2479,32 @@ MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that
      "test_diagonals_equal_the_loop_over_segments"),
     ("a short last segment is never cut off", "state.detach() if cut[-1] else state", "state",
      "test_diagonals_equal_the_loop_over_segments"),
-    ("attention maps leave hooks behind", "            hook.remove()", "            hook",
-     "test_attention_maps_equal_loops_and_leave_the_model_as_it_was"),
+    ("the controller is never asked", "update_memory(self.controller, x", "update_memory(self, x",
+     "test_controller_and_bottleneck_equal_the_papers_two_steps_row_by_row"),
+    ("tokens pass through the controller too", "h = torch.arange(-n_write, n_read", "h = torch.arange(x.size(1)",
+     "test_controller_and_bottleneck_equal_the_papers_two_steps_row_by_row"),
+    ("the controller starts large", "(controller\\.)?", "", "test_weights_start_at_the_size_their_table_gives"),
+    ("tokens see the memory before it is new", "super().forward(x.index_copy(1, rows, memory)", "super().forward(x",
+     "test_memory_is_new_before_tokens_see_it"),
+    ("memory reads the segment twice", "        return x.index_copy(1, rows, memory), carry\n\n\nclass CacheBlock",
+     "        return x, carry\n\n\nclass CacheBlock",
+     "test_controller_and_bottleneck_equal_the_papers_two_steps_row_by_row"),
+    ("a part of a segment has write rows", "block.n_write * (past is None)", "block.n_write",
+     "test_streaming_generation_equals_offline_argmax"),
+    ("the window is one wider", "distance <= window", "distance <= window + 1", "test_mask_equals_its_picture"),
+    ("a token of a bottleneck sees itself", "(distance > 0) &", "(distance >= 0) &", "test_mask_equals_its_picture"),
+    ("a bottleneck in causal order has no window", "and self.window is None:", "and True:",
+     "test_no_token_sees_its_neighbours_in_a_bottleneck_whatever_the_order"),
+    ("a backbone of yours is drawn anew", "keep=tuple(yours)", "keep=()",
+     "test_parts_of_yours_keep_their_weights_and_ours_go_where_they_are"),
+    ("ours stay where they are", "where = {", "where = {} and {",
+     "test_parts_of_yours_keep_their_weights_and_ours_go_where_they_are"),
+    ("a norm of ours comes before a head of yours", "if head is None else nn.Identity()", "",
+     "test_a_head_of_yours_gets_rows_as_the_backbone_leaves_them"),
+    ("a trial takes random numbers", "@torch.random.fork_rng(devices=[])", "#",
+     "test_dropout_and_memory_noise_act_in_training_alone"),
+    ("only what is handed in is seen", "mask[rows, :model", "mask[rows, :0 * model",
+     "test_streaming_generation_equals_offline_argmax"),
 ]
 
 
@@ -2441,11 +2537,18 @@ SCRIPT_MUTATIONS = [  # the story, the file, a fragment of it, what it becomes, 
      "test_quadratic_equations_are_solved_in_six_fields"),
     ("what comes is not checked", "assets/run.py", "if found != sha256:", "if not found:",
      "test_a_download_is_kept_checked_and_never_half_there"),
+    ("attention maps are left in place", "assets/figures.py", "with torch.no_grad(), mock.patch.object(F, ",
+     "F.scaled_dot_product_attention = recorded\n    with torch.no_grad(), mock.patch.object(F, ",
+     "test_attention_maps_equal_loops_and_leave_the_model_as_it_was"),
+    ("maps of memory and tokens are mixed up", "assets/figures.py", "weights[::2]", "weights[1::2]",
+     "test_attention_maps_equal_loops_and_leave_the_model_as_it_was"),
+    ("weights of any shape are loaded", "assets/run.py", "if given.get(key) != needed.get(key):", "if False:",
+     "test_an_earlier_language_model_is_neither_overwritten_nor_mixed_up"),
     ("a file is written in place", "assets/run.py", "        writer(temporary)\n", "        writer(path)\n",
      "test_a_full_disk_is_one_line_and_leaves_a_whole_checkpoint"),
 ]
 ALL_MUTATIONS = [*((story, "rmt.py", *rest) for story, *rest in MUTATIONS), *SCRIPT_MUTATIONS]
-SCRIPTS = ("train_copy.py", "train_lm.py", "assets/run.py", "assets/tasks.py", "assets/figures.py")
+SCRIPTS = ("train_copy.py", "train_lm.py", "assets/run.py", "assets/tasks.py", "assets/figures.py", "README.md")
 
 
 def run_on_a_copy(sources, names, folder):

@@ -174,7 +174,7 @@ def train(args, run, name, save):
             logits, _ = unroll(fast, inputs, bptt_depth=depth, checkpoint=args.checkpoint)
         logits = logits[:, -targets.size(1):].float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        if not math.isfinite(loss):
+        if not math.isfinite(loss.item()):
             fail(f"the loss is {loss} at step {step + 1}: start anew with an --lr smaller than {args.lr}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -302,7 +302,7 @@ def attention_maps(model, tokens, state):
 
 
 def draw_map(axis, weights, widths, names):
-    """One attention matrix, with the borders and the names of its blocks of columns and rows (no cache there)."""
+    """One attention matrix or mask, with borders and names of its blocks of columns and of rows (no cache there)."""
     axis.imshow(weights.cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
     axis.set(xlabel="seen", ylabel="looks")
     for sizes, line, ticks in ((widths, axis.axvline, axis.set_xticks),
@@ -312,6 +312,26 @@ def draw_map(axis, weights, widths, names):
             line(start, color="black", linewidth=0.8)
         ticks([start + size / 2 for start, size in zip(starts, sizes, strict=True) if size],
               [name for name, size in zip(names, sizes, strict=True) if size])
+
+
+def draw_masks(n_tokens=5, n_mem=2, cache_len=3, window=2):
+    """The mask of every variant, with a full cache, as segment_mask makes it; and a bottleneck with a window."""
+    from rmt import RMT, VARIANTS, Config, segment_mask
+    shown = dict.fromkeys(VARIANTS, 0) | {"mem_bottleneck, window 2": window}
+    figure, axes = plt.subplots(2, 6, figsize=(13, 5), layout="constrained")
+    for axis, (name, window) in zip(axes.flat, shown.items(), strict=True):
+        config = Config(name.split(",")[0], segment_len=n_tokens, n_mem=n_mem, cache_len=cache_len, window=window)
+        model = RMT(config)
+        sizes = [model.n_read, model.n_cache, n_tokens, model.n_write]
+        mask = segment_mask(*sizes, model.mask_form, model.window)
+        draw_map(axis, 0.65 * mask, sizes, ("read", "cache", "tokens", "write"))
+        axis.xaxis.remove_overlapping_locs = axis.yaxis.remove_overlapping_locs = False
+        axis.set_xticks([i + 0.5 for i in range(mask.size(1))], minor=True)
+        axis.set_yticks([i + 0.5 for i in range(mask.size(0))], minor=True)
+        axis.grid(which="minor", color="1", linewidth=0.6)
+        axis.tick_params(which="both", length=0, labelsize=8)
+        axis.set_title(name, fontsize=8)
+    return figure
 
 
 def draw_method():
@@ -439,4 +459,5 @@ if __name__ == "__main__":
         draw_language()
         draw_associative()
         draw_diagonal()
+        save(draw_masks(), "masks")
         print("\n".join([*tables(), *language_tables(), *associative_tables()]))
