@@ -39,7 +39,6 @@ References
 from __future__ import annotations
 
 import math
-import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,41 +219,8 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
-# ---------------------------------------------------------------------------------------------- 3. layers that do more
-# In and out as in Block.forward: x, mask and the layer's carry; x and the next carry.
-
-def update_memory(block: Block, x: Tensor, mask: Tensor | None, past: list | None) -> tuple[Tensor, Tensor]:
-    """Which of the rows x are memory rows, and these after the block; a part of a segment may have none."""
-    n_read, n_write = block.n_read * (not past), block.n_write * (past is None)
-    rows, h = torch.arange(-n_write, n_read, device=x.device) % x.size(1), block.norm_1(x)
-    return rows, block.residual(x, h, h, mask, rows=rows) if len(rows) else x[:, rows]
-
-
-class ControllerBlock(Block):
-    """Memory rows pass through attention and feed-forward weights of their own, the controller's [MT].
-
-    Controller and block see the same rows, each through its own keys and values.
-    """
-    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
-        super().__init__(config, n_read, n_write)
-        self.controller = Block(config, n_read, n_write)
-
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        rows, memory = update_memory(self.controller, x, mask, past)
-        x, _ = super().forward(x, mask, (), past)
-        return x.index_copy(1, rows, memory), carry
-
-
-class BottleneckBlock(Block):
-    """Memory rows read the segment first; then tokens see these new rows, and of the others a window at most [MT].
-
-    What tokens see stands in the mask, see segment_mask. Both steps have the same weights.
-    """
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        rows, memory = update_memory(self, x, mask, past)
-        x, _ = super().forward(x.index_copy(1, rows, memory), mask, (), past)
-        return x.index_copy(1, rows, memory), carry
-
+# ----------------------------------------------------------------------------------- 3. layers that carry, or do more
+# In: x, a mask and the layer's carry, as in Block.forward. Out: x and the next carry.
 
 class CacheBlock(Block):
     """Tokens also see this layer's inputs for the tokens before the segment, gradient stopped [TXL].
@@ -275,8 +241,7 @@ class CacheBlock(Block):
             return self.residual(x, h, h, mask, past), carry  # the cache is in the past already
         context = torch.cat([h[:, :self.n_read], self.norm_1(cache), h[:, self.n_read:]], dim=1)
         tokens = x[:, self.n_read:x.size(1) - self.n_write]
-        n_stale = max(0, cache.size(1) + tokens.size(1) - self.n_cache)
-        cache = torch.cat([cache[:, n_stale:], tokens[:, -self.n_cache:]], dim=1).detach()
+        cache = torch.cat([cache, tokens], dim=1)[:, -self.n_cache:].detach().clone()  # a view would keep all rows
         return self.residual(x, h, context, mask, past), (cache,)
 
 
@@ -339,6 +304,36 @@ class AssociativeBlock(Block):
             return A, z + (gamma * k).sum(dim=1)
 
 
+def update_memory(block: Block, x: Tensor, mask: Tensor | None, past: list | None) -> tuple[Tensor, Tensor]:
+    """Which of the rows x are memory rows, and these after the block; a part of a segment may have none."""
+    n_read, n_write = block.n_read * (not past), block.n_write * (past is None)
+    rows, h = torch.arange(-n_write, n_read, device=x.device) % x.size(1), block.norm_1(x)
+    return rows, block.residual(x, h, h, mask, rows=rows) if len(rows) else x[:, rows]
+
+
+class ControllerBlock(Block):
+    """Memory rows have attention and feed-forward weights of their own, with keys and values of all rows [MT]."""
+    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
+        super().__init__(config, n_read, n_write)
+        self.controller = Block(config, n_read, n_write)
+
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
+        rows, memory = update_memory(self.controller, x, mask, past)
+        x, _ = super().forward(x, mask, (), past)
+        return x.index_copy(1, rows, memory), carry
+
+
+class BottleneckBlock(Block):
+    """Memory rows read the segment first; then tokens see these new rows, and of the others a window at most [MT].
+
+    What tokens see stands in the mask, see segment_mask. Both steps have the same weights.
+    """
+    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
+        rows, memory = update_memory(self, x, mask, past)
+        x, _ = super().forward(x.index_copy(1, rows, memory), mask, (), past)
+        return x.index_copy(1, rows, memory), carry
+
+
 # --------------------------------------------------------------------------------------------------------- 4. the model
 # In: the tokens of one segment (B, T) and a state. Out: logits (B, T, V) and the next state.
 
@@ -387,10 +382,9 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, *past: list) -> tuple[Tensor, tuple]:
         """x (B, N, D), mask (N, C + N) or None, carry, past per layer -> x (B, N, D) before the norm, next carry."""
-        carries = []
-        for i, (block, layer_carry) in enumerate(zip(self.blocks, carry, strict=True)):
-            x, layer_carry = block(x, mask, layer_carry, *past[i:i + 1])
-            carries.append(layer_carry)
+        carries = list(carry)
+        for i, block in enumerate(self.blocks):
+            x, carries[i] = block(x, mask, carry[i], *past[i:i + 1])
         return x, tuple(carries)
 
 
@@ -399,7 +393,7 @@ class Variant(NamedTuple):
     read: bool       # memory tokens before the segment
     write: bool      # memory tokens after the segment
     recurrent: bool  # is the output at the write rows (without them: the read rows) the next segment's memory?
-    block: type      # what a layer carries
+    block: type      # a layer: what it carries, and whose weights memory rows have
     mask: str        # its paper's, a form of segment_mask; where that is "paper", Config.memory_mask can change it
 
 VARIANTS = {             #            read   write  recurrent  block       mask      floats that cross a boundary
@@ -410,19 +404,19 @@ VARIANTS = {             #            read   write  recurrent  block       mask 
     "rmt_encoder":            Variant(True,  False, True,  Block,            "full"),    # M D          [RMT-1M]
     "armt":                   Variant(False, True,  False, AssociativeBlock, "causal"),  # L K D  + L K for z  [ARMT]
     "mem_transformer":        Variant(True,  False, False, Block,            "paper"),   # 0            [MT], a decoder
-    "mem_controller":         Variant(True,  True,  True,  ControllerBlock,  "paper"),   # M D          [MT] in [RMT]'s
-    "mem_bottleneck":         Variant(True,  True,  True,  BottleneckBlock,  "paper"),   # M D          layout
-    "mem_controller_encoder": Variant(True,  False, True,  ControllerBlock,  "full"),    # M D          [MT] in that of
-    "mem_bottleneck_encoder": Variant(True,  False, True,  BottleneckBlock,  "full"),    # M D          [RMT-1M]
+    "mem_controller":         Variant(True,  True,  True,  ControllerBlock,  "paper"),   # M D          [MT], handed on
+    "mem_bottleneck":         Variant(True,  True,  True,  BottleneckBlock,  "paper"),   # M D          [MT], handed on
+    "mem_controller_encoder": Variant(True,  False, True,  ControllerBlock,  "full"),    # M D          [MT], handed on
+    "mem_bottleneck_encoder": Variant(True,  False, True,  BottleneckBlock,  "full"),    # M D          [MT], handed on
 }
 
 
 class RMT(nn.Module):
     """Memory tokens around a backbone that does not know they are there, one segment at a time.
 
-    Parts of yours keep their weights: a backbone (see Transformer) for the variants whose layers are plain, embed from
-    tokens (B, n) to rows (B, n, D), head from rows as the backbone leaves them to logits (B, n, V), without a norm of
-    ours between. Raises ValueError where config does not fit its variant, or a part of yours the config.
+    Parts of yours keep their weights: a backbone (see Transformer), for variants whose layers are plain; embed, tokens
+    (B, n) -> rows (B, n, D); head, rows as the backbone leaves them, without a norm of ours -> logits (B, n, V).
+    Raises ValueError where config does not fit its variant, or a part of yours the config.
     """
     def __init__(self, config: Config, backbone: nn.Module | None = None, embed=None, head=None):
         super().__init__()
@@ -467,7 +461,7 @@ class RMT(nn.Module):
                      "embed.weight": std if self.config.tie_weights else 0.5,
                      "attn.out.weight": residual, "mlp.2.weight": residual,
                      "w_v.weight": 0.0}                               # [ARMT]: untrained, the layer is a plain one
-            weight.normal_(std=table.get(re.sub(r"^backbone\.blocks\.\d+\.(controller\.)?", "", name), std))
+            weight.normal_(std=next((size for end, size in table.items() if name.endswith(end)), std))
             if name.endswith("w_k.weight"):  # departure: a row looks for what it would be written under
                 weight.copy_(self.get_parameter(name.replace("w_k", "w_q")))
 
@@ -496,8 +490,7 @@ class RMT(nn.Module):
     def unwrap(self, x, memory):
         """x (B, N, D) -> logits (B, T, V), next memory (B, M, D)."""
         read, tokens, write = x.split([self.n_read, x.size(1) - self.n_read - self.n_write, self.n_write], dim=1)
-        if self.variant.recurrent:
-            memory = self.hand_on(write if self.n_write else read)
+        memory = self.hand_on(write if self.n_write else read) if self.variant.recurrent else memory
         return self.head(self.norm(tokens)), memory
 
     def hand_on(self, written):
@@ -515,10 +508,9 @@ class RMT(nn.Module):
 
     def mask(self, n_tokens, n_cache):
         """The segment's mask, or None where it is plain causal, which fast GPU kernels know."""
-        if n_cache == 0 and self.mask_form == "causal" and self.window is None:
-            return None
         sizes = self.n_read, n_cache, n_tokens, self.n_write
-        return segment_mask(*sizes, self.mask_form, self.window, self.memory.device)
+        plain = n_cache == 0 and self.mask_form == "causal" and self.window is None
+        return None if plain else segment_mask(*sizes, self.mask_form, self.window, self.memory.device)
 
     def fixed(self, state):
         """What of a state's shapes is always the same: all but B and the length of a cache."""
@@ -530,19 +522,23 @@ class RMT(nn.Module):
 @torch.no_grad()
 def try_out(model):
     """Send one token through parts of yours. Raises ValueError, with both shapes, where one does not fit the config."""
-    D, V, n, backbone = model.config.d_model, model.config.vocab_size, model.n_read + 1 + model.n_write, model.backbone
-    require(hasattr(backbone, "initial_carry"), f"a backbone needs initial_carry(B) and backbone(x, mask, carry) -> "
-            f"(x, carry): wrap {type(backbone).__name__} in a module that has them", TypeError)
-    x = tokens = torch.full((1, 1), V - 1, device=model.memory.device)
-    for name, shape in (("embed", (1, 1, D)), ("backbone", (1, n, D)), ("head", (1, n, V))):
-        part, (memory, carry) = getattr(model, name), model.initial_state(1)
-        given = model.wrap(tokens, memory) if name == "backbone" else x
+    def run(part, width, given, *rest):
+        shape = tuple(given.shape)
         try:
-            x, _ = part(given, model.mask(1, 0), carry) if name == "backbone" else (part(given), ())
-            made = tuple(x.shape)
+            made = getattr(model, part)(given, *rest)
+            made, _ = made if rest else (made, ())
+            found = tuple(made.shape)
         except Exception as reason:
-            raise ValueError(f"{name} fails on shape {tuple(given.shape)}: {' '.join(str(reason).split())}") from reason
-        require(made == shape, f"{name} makes {made} of shape {tuple(given.shape)} and must make {shape}, see Config")
+            raise ValueError(f"{part} fails on shape {shape}: {' '.join(str(reason).split())}") from reason
+        require(found == (1, shape[1], width), f"{part} makes {found} of {shape} and must make {(1, shape[1], width)}")
+        return made
+
+    require(hasattr(model.backbone, "initial_carry"), "a backbone needs initial_carry(B) and forward(x, mask, carry), "
+            f"see Transformer: put your {type(model.backbone).__name__} into a module that has them", TypeError)
+    D, V, (memory, carry) = model.config.d_model, model.config.vocab_size, model.initial_state(1)
+    tokens = torch.full((1, 1), V - 1, device=model.memory.device)
+    run("embed", D, tokens)
+    run("head", V, run("backbone", D, model.wrap(tokens, memory), model.mask(1, 0), carry))
 
 
 def check(model, tokens, state=None):
@@ -675,8 +671,7 @@ def stream(model, tokens: Tensor, state: State | None = None, temperature: float
     require(top_k is None or (type(top_k) is int and top_k > 0), f"top_k={top_k!r} must be None or an integer above 0")
     T, state = model.config.segment_len, model.initial_state(len(tokens)) if state is None else state
     n_full = (tokens.size(1) - 1) // T * T  # tokens of segments that are full and have a successor
-    if n_full:
-        _, state = unroll(model, tokens[:, :n_full], state, last_only=True)
+    _, state = unroll(model, tokens[:, :n_full], state, last_only=True) if n_full else (None, state)
     segment = tokens[:, n_full:].long()
     check(model, segment, state)
     while True:

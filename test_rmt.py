@@ -1180,16 +1180,16 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: generate(build("rmt_encoder"), text(3), 1), ValueError, "sees whole segments and cannot generate"),
     (lambda: attention_maps(build("rmt around a GRU"), text(3), build("rmt around a GRU").initial_state(2)), ValueError,
      "attention_maps needs layers that call F.scaled_dot_product_attention, and these do not"),
-    (lambda: RMT(build().config, nn.GRU(D, D)), TypeError, "wrap GRU in a module that has them"),
+    (lambda: RMT(build().config, nn.GRU(D, D)), TypeError, "put your GRU into a module that has them"),
     (lambda: RMT(build(d_model=32).config, Recurrent()), ValueError, "backbone fails on shape (1, 7, 32): input"),
     (lambda: RMT(build().config, Returning(lambda x: (x[:, 1:], ()))), ValueError,
-     "backbone makes (1, 6, 16) of shape (1, 7, 16) and must make (1, 7, 16), see Config"),
+     "backbone makes (1, 6, 16) of (1, 7, 16) and must make (1, 7, 16)"),
     (lambda: RMT(build().config, Returning(lambda x: (x[..., 1:], ()))), ValueError, "backbone makes (1, 7, 15) of"),
     (lambda: RMT(build().config, Returning(lambda x: x)), ValueError, "backbone fails on shape (1, 7, 16): not enough"),
     (lambda: RMT(build().config, Returning(lambda x: ("x", ()))), ValueError, "backbone fails on shape (1, 7, 16): 's"),
-    (lambda: RMT(build().config, embed=nn.Embedding(V, D + 1)), ValueError, "embed makes (1, 1, 17) of shape (1, 1)"),
+    (lambda: RMT(build().config, embed=nn.Embedding(V, D + 1)), ValueError, "embed makes (1, 1, 17) of (1, 1) and"),
     (lambda: RMT(build().config, embed=nn.Embedding(V - 1, D)), ValueError, "embed fails on shape (1, 1): index out"),
-    (lambda: RMT(build().config, head=nn.Linear(D, V + 1)), ValueError, "head makes (1, 7, 12) of shape (1, 7, 16)"),
+    (lambda: RMT(build().config, head=nn.Linear(D, V + 1)), ValueError, "head makes (1, 7, 12) of (1, 7, 16) and"),
     (lambda: RMT(build().config, head=nn.Linear(D + 1, V)), ValueError, "head fails on shape (1, 7, 16): mat1"),
     (lambda: RMT(build(tie_weights=True).config, head=nn.Linear(D, V)), ValueError, "tie_weights=True cannot tie a"),
     *[(lambda name=name: build(name, n_mem=0), ValueError, f"n_mem=0 must be at least 1 for '{name}'")
@@ -1379,8 +1379,8 @@ class TestScripts:
         pytest.importorskip("transformers")
         exec(second, namespace)
         assert unroll(namespace["model"], torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 50257)
-        from assets.figures import associative_tables, language_tables, tables
-        for line in [*tables(), *language_tables(), *associative_tables()]:  # reported is what is in assets/results
+        from assets.figures import associative_tables, family_tables, language_tables, tables
+        for line in [*tables(), *language_tables(), *associative_tables(), *family_tables()]:  # from assets/results
             assert line in readme
 
     def test_a_missed_target_is_exit_status_1(self, tmp_path):
@@ -2413,8 +2413,9 @@ MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that
      "test_mask_equals_its_picture"),
     ("read rows see the cache", "past[:n_read] = False", "past[:n_read] = True",
      "test_read_rows_see_no_segment_and_no_token_sees_write_rows_which_see_all"),
-    ("gradient flows into the cache", "dim=1).detach()", "dim=1)", "test_without_recurrent_memory_no_gradient_crosses"),
-    ("the cache is one too short", "tokens.size(1) - self.n_cache)", "tokens.size(1) - self.n_cache + 1)",
+    ("gradient flows into the cache", ".detach().clone()", ".clone()",
+     "test_without_recurrent_memory_no_gradient_crosses"),
+    ("the cache is one too short", "[:, -self.n_cache:].detach()", "[:, 1 - self.n_cache:].detach()",
      "test_cache_is_the_last_inputs_of_every_layer_without_memory_rows_or_gradient"),
     ("the cache takes read rows", "tokens = x[:, self.n_read:", "tokens = x[:, 0:",
      "test_cache_is_the_last_inputs_of_every_layer_without_memory_rows_or_gradient"),
@@ -2483,11 +2484,12 @@ MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that
      "test_controller_and_bottleneck_equal_the_papers_two_steps_row_by_row"),
     ("tokens pass through the controller too", "h = torch.arange(-n_write, n_read", "h = torch.arange(x.size(1)",
      "test_controller_and_bottleneck_equal_the_papers_two_steps_row_by_row"),
-    ("the controller starts large", "(controller\\.)?", "", "test_weights_start_at_the_size_their_table_gives"),
+    ("the controller starts large", "if name.endswith(end)", 'if name.endswith(end) and "controller" not in name',
+     "test_weights_start_at_the_size_their_table_gives"),
     ("tokens see the memory before it is new", "super().forward(x.index_copy(1, rows, memory)", "super().forward(x",
      "test_memory_is_new_before_tokens_see_it"),
-    ("memory reads the segment twice", "        return x.index_copy(1, rows, memory), carry\n\n\nclass CacheBlock",
-     "        return x, carry\n\n\nclass CacheBlock",
+    ("memory reads the segment twice", "        return x.index_copy(1, rows, memory), carry\n\n\n# ",
+     "        return x, carry\n\n\n# ",
      "test_controller_and_bottleneck_equal_the_papers_two_steps_row_by_row"),
     ("a part of a segment has write rows", "block.n_write * (past is None)", "block.n_write",
      "test_streaming_generation_equals_offline_argmax"),

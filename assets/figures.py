@@ -198,6 +198,52 @@ def draw_language():
     save(figure, "language")
 
 
+FAMILY = {  # what the table of the Memory Transformer's forms calls a model: its flags, its line
+    "`rmt`": ({"model": "rmt"}, "-o", "0"),
+    "`mem_controller`": ({"model": "mem_controller"}, "--", "0.4"),
+    "`mem_bottleneck`, window 8": ({"model": "mem_bottleneck", "window": 8}, "-s", "0.55"),
+    "`mem_bottleneck`, window 0": ({"model": "mem_bottleneck", "window": 0}, ":^", "0.4")}
+
+
+def family(name, script):
+    """The result of each seed of one model of FAMILY, by train_copy.py or train_lm.py."""
+    flags, _, _ = FAMILY[name]
+    runs = [run for run in record("family", **flags) if script in run["command"]]
+    return [run["results"][flags["model"]] for run in runs]
+
+
+def family_tables():
+    """The README's table of the Memory Transformer's forms, line by line."""
+    yield ("| `--model` | copy, 9 segments | free-running | CPU s | language, all | first 8 | the rest | reset "
+           "| another's | CPU s |")
+    yield "|---" * 10 + "|"
+    for name in FAMILY:
+        copy, text = family(name, "train_copy.py"), family(name, "train_lm.py")
+        cells = [spread([run["9"][how] for run in copy]) for how in ("teacher_forced", "free_running")]
+        cells += [spread([run["cpu_seconds"] for run in copy], 0)]
+        cells += [spread(bits(text, *how)) for how in (
+            (), ("carried", slice(8)), ("carried", slice(8, None)), ("reset",), ("of another stream",))]
+        yield f"| {name} | {' | '.join(cells)} | {spread([run['seconds'] for run in text], 0)} |"
+
+
+def draw_family():
+    """Left, bits per character by position in the segment; right, what a reset of the memory costs there."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for name, (_, line, color) in FAMILY.items():
+        runs = family(name, "train_lm.py")
+        carried, reset = ([sum(place) / len(place) for place in zip(
+            *(run[state]["by_position"] for run in runs), strict=True)] for state in ("carried", "reset"))
+        style = {"color": color, "markersize": 3, "linewidth": 1, "label": name.replace("`", "")}
+        left.plot(range(1, 33), carried, line, **style)
+        right.plot(range(1, 33), [b - a for a, b in zip(carried, reset, strict=True)], line, **style)
+    left.set(xlabel="position in the segment, characters", ylabel="bits per character", title="mean of three seeds")
+    right.set(xlabel="position in the segment, characters", ylabel="more bits with the memory reset", yscale="log",
+              title="what memory is worth")
+    right.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
+    left.legend(fontsize=8)
+    save(figure, "family")
+
+
 def save(figure, name):
     """Write assets/NAME.png."""
     figure.savefig(ASSETS / f"{name}.png", dpi=100)
@@ -459,5 +505,6 @@ if __name__ == "__main__":
         draw_language()
         draw_associative()
         draw_diagonal()
+        draw_family()
         save(draw_masks(), "masks")
-        print("\n".join([*tables(), *language_tables(), *associative_tables()]))
+        print("\n".join([*tables(), *language_tables(), *associative_tables(), *family_tables()]))
