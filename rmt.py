@@ -73,7 +73,7 @@ class Config:
     cache_len: int = 32          # C, cached positions per layer
     d_assoc: int = 16            # width of associative keys before dpfp; after it K = 2 nu d_assoc
     nu: int = 3                  # how many products dpfp makes of every channel
-    window: int = 0              # preceding tokens that a token of mem_bottleneck sees beside memory
+    window: int = 0              # tokens next to it that a token of a bottleneck sees beside memory
     update: str = "delta"        # of the associative memory: lasts longest; "armt" [ARMT]; "hebbian": cannot rewrite
     memory_form: str = "norm"    # handed on: written rows after the final norm [RMT], or "raw", the residual stream
     write_slot: str = "memory"   # fed to the write rows: the incoming memory [RMT], an "embedding", or "both" added up
@@ -225,8 +225,7 @@ class Block(nn.Module):
 class CacheBlock(Block):
     """Tokens also see this layer's inputs for the tokens before the segment, gradient stopped [TXL].
 
-    The carry is (cache,): the last C inputs (B, c, D), before norm and rotation, c growing from 0 to C. Memory rows are
-    not cached: they are handed on over the top.
+    The carry is (cache,): the last C inputs of tokens (B, c, D), before norm and rotation, c growing from 0 to C.
     """
     def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
         super().__init__(config, n_read, n_write, n_cache=config.cache_len)
@@ -305,9 +304,9 @@ class AssociativeBlock(Block):
 
 
 def update_memory(block: Block, x: Tensor, mask: Tensor | None, past: list | None) -> tuple[Tensor, Tensor]:
-    """Which of the rows x are memory rows, and these after the block; a part of a segment may have none."""
-    n_read, n_write = block.n_read * (not past), block.n_write * (past is None)
-    rows, h = torch.arange(-n_write, n_read, device=x.device) % x.size(1), block.norm_1(x)
+    """Which of the rows x are memory rows, and these after the block; past as in Attention.forward."""
+    n_read, n_write = block.n_read * (not past), block.n_write * (past is None)  # a part has no write rows, a later
+    rows, h = torch.arange(-n_write, n_read, device=x.device) % x.size(1), block.norm_1(x)  # part has no read rows
     return rows, block.residual(x, h, h, mask, rows=rows) if len(rows) else x[:, rows]
 
 
@@ -351,23 +350,22 @@ def segment_mask(n_read: int, n_cache: int, n_tokens: int, n_write: int, form: s
                      x x    . .    x x x   x x
 
     The form "causal" is the lower triangle in this order of columns; in the form "full" every row sees all. With a
-    window, a token sees of the tokens that its form shows it the nearest so many, and not itself (mem_bottleneck).
+    window, of the tokens that its form shows it a token sees those at most so far away, and not itself (bottleneck).
     """
     n = n_read + n_tokens + n_write
     now = torch.ones(n, n, dtype=torch.bool, device=device)
-    past = torch.ones(n, n_cache, dtype=torch.bool, device=device)
+    cached = torch.ones(n, n_cache, dtype=torch.bool, device=device)
     if form != "full":
         now.tril_()
-        past[:n_read] = False
+        cached[:n_read] = False
     if form == "paper":
         now[:n_read, :n_read] = True
         now[n - n_write:] = True
-        past[n - n_write:] = False
+        cached[n - n_write:] = False
     if window is not None:
-        i = torch.arange(n_tokens, device=device)
-        distance = (i[:, None] - i).abs()
-        now[n_read:n - n_write, n_read:n - n_write] &= (distance > 0) & (distance <= window)
-    return torch.cat([now[:, :n_read], past, now[:, n_read:]], dim=1)
+        near = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril(window).triu(-window)
+        now[n_read:n - n_write, n_read:n - n_write] &= near.fill_diagonal_(False)
+    return torch.cat([now[:, :n_read], cached, now[:, n_read:]], dim=1)
 
 
 class Transformer(nn.Module):
@@ -424,22 +422,21 @@ class RMT(nn.Module):
         self.config, self.variant, D, V = config, VARIANTS[config.variant], config.d_model, config.vocab_size
         block, missing = self.variant.block, f"=0 must be at least 1 for {config.variant!r}"
         require(config.n_mem > 0 or not (self.variant.read or self.variant.write), "n_mem" + missing)
-        require(config.cache_len > 0 or block is not CacheBlock, "cache_len" + missing)
+        require(config.cache_len > 0 or not issubclass(block, CacheBlock), "cache_len" + missing)
         require(backbone is None or block is Block, f"{config.variant!r} has layers of its own: a backbone fits 'rmt'")
-        require(head is None or not config.tie_weights, "tie_weights=True cannot tie a head of yours: tie it yourself")
+        require(not config.tie_weights or embed is head is None, "tie_weights=True ties our parts: tie yours yourself")
         self.n_read, self.n_write = config.n_mem * self.variant.read, config.n_mem * self.variant.write
-        self.n_cache = config.cache_len if block is CacheBlock else 0
-        self.window = config.window if block is BottleneckBlock else None
+        self.n_cache = config.cache_len if issubclass(block, CacheBlock) else 0
+        self.window = config.window if issubclass(block, BottleneckBlock) else None
         self.mask_form = config.memory_mask if self.variant.mask == "paper" else self.variant.mask
-
         parts = {"backbone.": backbone, "embed.": embed, "head.": head}
         yours = {name: part for name, part in parts.items() if part is not None}
-        like = next((p for part in yours.values() for p in part.parameters()), torch.empty(0))
-        where = {"device": like.device, "dtype": like.dtype}
+        where = next(({"device": p.device, "dtype": p.dtype} for part in yours.values() for p in part.parameters()), {})
         self.embed = nn.Embedding(V, D, **where) if embed is None else embed
         self.memory = nn.Parameter(torch.empty(max(self.n_read, self.n_write), D, **where))
         self.write_embedding = nn.Parameter(torch.empty(self.n_write * (config.write_slot != "memory"), D, **where))
-        self.backbone = Transformer(config, block, self.n_read, self.n_write) if backbone is None else backbone
+        self.backbone = (Transformer(config, block, self.n_read, self.n_write).to(**where) if backbone is None
+                         else backbone)
         self.norm = nn.LayerNorm(D, bias=False, **where) if head is None else nn.Identity()
         self.head = nn.Linear(D, V, bias=False, **where) if head is None else head
         self.dropout = nn.Dropout(config.dropout)
@@ -448,19 +445,18 @@ class RMT(nn.Module):
         self.init_weights(keep=tuple(yours))
         if yours:
             try_out(self)
-        self.form = self.fixed(self.initial_state(1))
+        self.state_shapes = self.lasting_shapes(self.initial_state(1))
 
     @torch.no_grad()
     def init_weights(self, keep: tuple = ()):
         """Draw all matrices but those whose names begin with one of keep; norms start at 1, biases as PyTorch's."""
         matrices = [(name, p) for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith(keep)]
         for name, weight in matrices:
-            std = 0.7 / math.sqrt(weight.size(1))                     # Linear: by fan-in; GPT-2's 0.02 is slow to learn
-            residual = std / math.sqrt(2 * self.config.n_layer)       # Linear that ends a residual branch
-            table = {"memory": 0.02, "write_embedding": 0.02,         # independent rows: memory tokens must differ
+            std, depth = 0.7 / math.sqrt(weight.size(1)), math.sqrt(2 * self.config.n_layer)  # GPT-2's 0.02 is slow
+            table = {"memory": 0.02, "write_embedding": 0.02,                      # independent: the rows must differ
                      "embed.weight": std if self.config.tie_weights else 0.5,
-                     "attn.out.weight": residual, "mlp.2.weight": residual,
-                     "w_v.weight": 0.0}                               # [ARMT]: untrained, the layer is a plain one
+                     "attn.out.weight": std / depth, "mlp.2.weight": std / depth,  # they end residual branches
+                     "w_v.weight": 0.0}                                            # [ARMT]: untrained, a plain layer
             weight.normal_(std=next((size for end, size in table.items() if name.endswith(end)), std))
             if name.endswith("w_k.weight"):  # departure: a row looks for what it would be written under
                 weight.copy_(self.get_parameter(name.replace("w_k", "w_q")))
@@ -512,33 +508,38 @@ class RMT(nn.Module):
         plain = n_cache == 0 and self.mask_form == "causal" and self.window is None
         return None if plain else segment_mask(*sizes, self.mask_form, self.window, self.memory.device)
 
-    def fixed(self, state):
+    def lasting_shapes(self, state):
         """What of a state's shapes is always the same: all but B and the length of a cache."""
         kept = map_tensors(lambda t: (t.dim(), *t.shape[2 if self.n_cache else 1:]), state)
         return kept, getattr(state.memory, "shape", ())[1:]
 
 
-@torch.random.fork_rng(devices=[])  # dropout's random numbers are given back
+@torch.random.fork_rng(devices=[])  # the CPU's random numbers, for dropout, are given back
 @torch.no_grad()
 def try_out(model):
-    """Send one token through parts of yours. Raises ValueError, with both shapes, where one does not fit the config."""
+    """Send 2 sequences through parts of yours. Raises ValueError or TypeError, with shapes, where one does not fit."""
     def run(part, width, given, *rest):
-        shape = tuple(given.shape)
+        shape, needed = tuple(given.shape), (*given.shape[:2], width)
         try:
             made = getattr(model, part)(given, *rest)
-            made, _ = made if rest else (made, ())
-            found = tuple(made.shape)
+            rows, carry = made if rest else (made, ())
+            found = tuple(rows.shape)
         except Exception as reason:
-            raise ValueError(f"{part} fails on shape {shape}: {' '.join(str(reason).split())}") from reason
-        require(found == (1, shape[1], width), f"{part} makes {found} of {shape} and must make {(1, shape[1], width)}")
-        return made
+            raise ValueError(f"{part} fails on {shape}, vocab_size={V}: {' '.join(str(reason).split())}") from reason
+        require(found == needed, f"{part} makes {found} of {shape} and must make {needed}")
+        return rows, carry
 
     require(hasattr(model.backbone, "initial_carry"), "a backbone needs initial_carry(B) and forward(x, mask, carry), "
             f"see Transformer: put your {type(model.backbone).__name__} into a module that has them", TypeError)
-    D, V, (memory, carry) = model.config.d_model, model.config.vocab_size, model.initial_state(1)
-    tokens = torch.full((1, 1), V - 1, device=model.memory.device)
+    D, T, V, state = model.config.d_model, model.config.segment_len, model.config.vocab_size, model.initial_state(2)
+    tokens = torch.full((2, T), V - 1, device=model.memory.device)
     run("embed", D, tokens)
-    run("head", V, run("backbone", D, model.wrap(tokens, memory), model.mask(1, 0), carry))
+    rows, carry = run("backbone", D, model.wrap(tokens, state.memory), model.mask(T, 0), state.carry)
+    run("head", V, rows)
+    old, new = (map_tensors(lambda t: tuple(t.shape), some) for some in (state.carry, carry))
+    fits = isinstance(old, tuple) and old == new and all(t.shape[:1] == (2,) for t in tensors(carry))
+    require(fits or model.n_cache > 0, f"backbone takes a carry {old} and returns {new}: for 2 sequences both must be "
+            "tuples of tensors (2, ...), alike")
 
 
 def check(model, tokens, state=None):
@@ -557,7 +558,7 @@ def check(model, tokens, state=None):
                 "give long sequences to unroll(model, tokens)")
         require(isinstance(state, State), f"state is a {type(state).__name__} and must be a State: start from "
                 "model.initial_state(batch_size), or wrap what you loaded, State(*loaded)", TypeError)
-        fits = model.fixed(state) == model.form and all(len(t) == B for t in tensors(state))
+        fits = model.lasting_shapes(state) == model.state_shapes and all(len(t) == B for t in tensors(state))
         cached = {t.size(1) for t in tensors(state.carry)} if fits and model.n_cache else {0}
         fits = fits and len(cached) == 1 and max(cached) <= model.n_cache
         shapes = "" if fits else tuple(map_tensors(lambda t: tuple(t.shape), state))
@@ -647,7 +648,6 @@ def unroll_diagonal(model, tokens: Tensor, state: State | None = None, bptt_dept
             x[l + 1], carry[l] = parts[0], tuple(parts[1:])
         if busy.stop == L:
             outputs.append(model.unwrap(x[L], state.memory)[0])
-
     state = State(state.memory, map_tensors(torch.clone, tuple(carry)))  # views would keep whole diagonals alive
     for segment in segments[first + S:]:
         logits, state = model(segment, state.detach() if cut[-1] else state)

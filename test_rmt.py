@@ -540,9 +540,25 @@ class TestEquivalence:
             model = RMT(build().config, **given)
             for name, part in before.items():
                 assert_close(dict(getattr(model, name).state_dict()), dict(part.state_dict()), 0)
-        for place in (torch.bfloat16, "meta"):
-            weights = RMT(build().config, Recurrent().to(place)).parameters()
-            assert {weight.dtype if place == torch.bfloat16 else weight.device.type for weight in weights} == {place}
+        for name, part in parts.items():
+            for place in (torch.bfloat16, "meta"):
+                weights = RMT(build().config, **{name: copy.deepcopy(part).to(place)}).parameters()
+                assert {p.dtype if place == torch.bfloat16 else p.device.type for p in weights} == {place}
+
+    @variants([name for name, row in ROWS.items() if row.block is not AssociativeBlock])  # autocast knows no "meta"
+    def test_nothing_stays_behind_when_a_model_moves(self, variant):
+        """On the device "meta" nothing is computed, and nothing of another device can take part."""
+        model = build(variant).to("meta")
+        logits, state = model(text(T).to("meta"), model.initial_state(2))
+        assert {t.device.type for t in [logits, *tensors(state)]} == {"meta"}
+
+    @variants([name for name in VARIANTS if VARIANTS[name].block is not rmt.Block])
+    def test_a_block_of_yours_keeps_what_its_parent_has(self, variant, monkeypatch):
+        class Mine(VARIANTS[variant].block):
+            pass
+        monkeypatch.setitem(VARIANTS, "mine", VARIANTS[variant]._replace(block=Mine))
+        for (logits, state), (expected, end) in [[unroll(build(name), text(11)) for name in ("mine", variant)]]:
+            assert_close([logits, *tensors(state)], [expected, *tensors(end)], 0)
 
     def test_a_head_of_yours_gets_rows_as_the_backbone_leaves_them(self):
         model = RMT(build(write_slot="embedding").config, head=nn.Linear(D, V)).eval()
@@ -554,24 +570,26 @@ class TestEquivalence:
 
     @pytest.mark.parametrize("kind", ["GPT2", "Llama"])
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-    def test_memory_around_a_hugging_face_model_equals_a_loop_by_hand(self, kind, attention):
+    @pytest.mark.parametrize("memory_mask", ["paper", "causal"])
+    def test_memory_around_a_hugging_face_model_equals_a_loop_by_hand(self, kind, attention, memory_mask):
         transformers = pytest.importorskip("transformers")
         torch.set_default_dtype(torch.float32)
         torch.manual_seed(0)
         readme = re.search(r"from transformers.*?(?=\ngpt =)", (ROOT / "README.md").read_text(), re.DOTALL)[0]
         exec(readme, namespace := {"torch": torch})
-        sizes = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4,
+        sizes = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 3, "num_attention_heads": 4,
                  "attn_implementation": attention, "bos_token_id": 0, "eos_token_id": 0}
         sizes |= {"intermediate_size": 40, "num_key_value_heads": 2} if kind == "Llama" else {}
         inner = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes)).eval()
         before = copy.deepcopy(inner.state_dict())
-        model = RMT(Config(vocab_size=V, d_model=D, segment_len=T, n_mem=M), namespace["HuggingFace"](inner.base_model),
-                    inner.get_input_embeddings(), inner.get_output_embeddings()).eval()
+        config = Config(vocab_size=V, d_model=D, segment_len=T, n_mem=M, memory_mask=memory_mask)
+        model = RMT(config, namespace["HuggingFace"](inner.base_model), inner.get_input_embeddings(),
+                    inner.get_output_embeddings()).eval()
         assert_close(dict(inner.state_dict()), dict(before), 0)
         tokens, memory, pieces = text(3 * T), model.memory.expand(2, -1, -1), []
         hidden = torch.tensor([[row < M <= column or (row < M + T and column > max(row, M - 1))
                                 for column in range(M + T + M)] for row in range(M + T + M)])
-        hidden = torch.zeros(2, 1, *hidden.shape).masked_fill(hidden, -1e9)
+        hidden = torch.zeros(2, 1, *hidden.shape).masked_fill(hidden, -1e9) if memory_mask == "paper" else None
         for segment in tokens.split(T, dim=1):
             rows = torch.cat([memory, inner.get_input_embeddings()(segment), memory], dim=1)
             rows = inner.base_model(inputs_embeds=rows, attention_mask=hidden).last_hidden_state
@@ -581,6 +599,12 @@ class TestEquivalence:
         assert_close([logits, state.memory], [torch.cat(pieces, dim=1), memory], 1e-5)
         new = generate(model, tokens, 2 * T, temperature=0)
         assert torch.equal(new, unroll(model, torch.cat([tokens, new], dim=1))[0][:, 3 * T - 1:-1].argmax(-1))
+        if attention == "eager":
+            rows = model.wrap(tokens[:, :T], model.initial_state(2).memory)
+            seen = inner.base_model(inputs_embeds=rows, attention_mask=hidden, output_attentions=True).attentions
+            inner.config._attn_implementation = "sdpa"
+            weights, _ = attention_maps(model, tokens[:, :T], model.initial_state(2))
+            assert_close(weights, torch.stack(seen), 1e-5)
 
         start, optimizer = model.memory.detach().clone(), torch.optim.AdamW(model.parameters(), 0.01)
         losses = []
@@ -864,6 +888,7 @@ class TestMemory:
         for changes in [{"dropout": 0.5}] + [{"memory_noise": 0.5}] * (variant in RECURRENT):
             model = build(variant, **changes)
             assert torch.equal(unroll(model, text(11))[0], unroll(build(variant), text(11))[0])
+            assert {layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)} == {model.config.dropout}
             model.train()
             assert not torch.allclose(unroll(model, text(11))[0], unroll(model, text(11))[0])
 
@@ -1095,17 +1120,22 @@ class TestGradient:
 
 
 class Returning(nn.Module):
-    """A backbone that returns what a function makes of its rows."""
+    """A backbone that returns what a function makes of its rows, and begins with any carry."""
 
-    def __init__(self, returned):
+    def __init__(self, returned, carry=()):
         super().__init__()
-        self.returned = returned
+        self.returned, self.carry = returned, carry
 
     def initial_carry(self, batch_size):
-        return ()
+        return self.carry
 
     def forward(self, x, mask, carry):
         return self.returned(x)
+
+
+def around(backbone=None, embed=None, head=None, **changes):
+    """A model with parts of somebody else's."""
+    return RMT(build(**changes).config, backbone, embed, head)
 
 
 def segment_of(tokens, state=None, variant="rmt"):
@@ -1180,18 +1210,25 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: generate(build("rmt_encoder"), text(3), 1), ValueError, "sees whole segments and cannot generate"),
     (lambda: attention_maps(build("rmt around a GRU"), text(3), build("rmt around a GRU").initial_state(2)), ValueError,
      "attention_maps needs layers that call F.scaled_dot_product_attention, and these do not"),
-    (lambda: RMT(build().config, nn.GRU(D, D)), TypeError, "put your GRU into a module that has them"),
-    (lambda: RMT(build(d_model=32).config, Recurrent()), ValueError, "backbone fails on shape (1, 7, 32): input"),
-    (lambda: RMT(build().config, Returning(lambda x: (x[:, 1:], ()))), ValueError,
-     "backbone makes (1, 6, 16) of (1, 7, 16) and must make (1, 7, 16)"),
-    (lambda: RMT(build().config, Returning(lambda x: (x[..., 1:], ()))), ValueError, "backbone makes (1, 7, 15) of"),
-    (lambda: RMT(build().config, Returning(lambda x: x)), ValueError, "backbone fails on shape (1, 7, 16): not enough"),
-    (lambda: RMT(build().config, Returning(lambda x: ("x", ()))), ValueError, "backbone fails on shape (1, 7, 16): 's"),
-    (lambda: RMT(build().config, embed=nn.Embedding(V, D + 1)), ValueError, "embed makes (1, 1, 17) of (1, 1) and"),
-    (lambda: RMT(build().config, embed=nn.Embedding(V - 1, D)), ValueError, "embed fails on shape (1, 1): index out"),
-    (lambda: RMT(build().config, head=nn.Linear(D, V + 1)), ValueError, "head makes (1, 7, 12) of (1, 7, 16) and"),
-    (lambda: RMT(build().config, head=nn.Linear(D + 1, V)), ValueError, "head fails on shape (1, 7, 16): mat1"),
-    (lambda: RMT(build(tie_weights=True).config, head=nn.Linear(D, V)), ValueError, "tie_weights=True cannot tie a"),
+    (lambda: around(nn.GRU(D, D)), TypeError, "put your GRU into a module that has them"),
+    (lambda: around(Recurrent(), d_model=32), ValueError, "backbone fails on (2, 10, 32), vocab_size=11: input"),
+    (lambda: around(Returning(lambda x: (x[:, 1:], ()))), ValueError,
+     "backbone makes (2, 9, 16) of (2, 10, 16) and must make (2, 10, 16)"),
+    (lambda: around(Returning(lambda x: (x[..., 1:], ()))), ValueError, "backbone makes (2, 10, 15) of (2, 10, 16)"),
+    (lambda: around(Returning(lambda x: x[:1])), ValueError, "backbone fails on (2, 10, 16), vocab_size=11: not enough"),
+    (lambda: around(Returning(lambda x: ("x", ()))), ValueError, "backbone fails on (2, 10, 16), vocab_size=11: 'str'"),
+    (lambda: around(Returning(lambda x: (x, None))), ValueError,
+     "backbone takes a carry () and returns None: for 2 sequences both must be tuples of tensors (2, ...), alike"),
+    (lambda: around(Returning(lambda x: (x, (x[0],)))), ValueError, "takes a carry () and returns ((10, 16),): for"),
+    (lambda: around(Returning(lambda x: (x, (x[:1, 0],)), (torch.zeros(1, D),))), ValueError, "carry ((1, 16),) and"),
+    (lambda: around(Returning(lambda x: (x, [x]), [torch.zeros(2, 1)])), ValueError, "takes a carry [tensor("),
+    (lambda: around(embed=nn.Embedding(V, D + 1)), ValueError, "embed makes (2, 4, 17) of (2, 4) and must make (2,"),
+    (lambda: around(embed=nn.Embedding(V - 1, D)), ValueError, "embed fails on (2, 4), vocab_size=11: index out of"),
+    (lambda: around(head=nn.Linear(D, V + 1)), ValueError, "head makes (2, 10, 12) of (2, 10, 16) and must make"),
+    (lambda: around(head=nn.Linear(D + 1, V)), ValueError, "head fails on (2, 10, 16), vocab_size=11: mat1 and mat2"),
+    (lambda: around(head=nn.Flatten(0, 1)), ValueError, "head makes (20, 16) of (2, 10, 16) and must make"),
+    (lambda: around(head=nn.Linear(D, V), tie_weights=True), ValueError, "tie_weights=True ties our parts: tie yours"),
+    (lambda: around(embed=nn.Embedding(V, D), tie_weights=True), ValueError, "tie_weights=True ties our parts"),
     *[(lambda name=name: build(name, n_mem=0), ValueError, f"n_mem=0 must be at least 1 for '{name}'")
       for name, row in VARIANTS.items() if row.read or row.write],
     *[(lambda name=name: build(name, cache_len=0), ValueError, f"cache_len=0 must be at least 1 for '{name}'")
@@ -1376,12 +1413,12 @@ class TestScripts:
         first, second = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
         exec(first, namespace)
         assert namespace["logits"].shape == (1, 296, 256)
-        pytest.importorskip("transformers")
-        exec(second, namespace)
-        assert unroll(namespace["model"], torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 50257)
         from assets.figures import associative_tables, family_tables, language_tables, tables
         for line in [*tables(), *language_tables(), *associative_tables(), *family_tables()]:  # from assets/results
             assert line in readme
+        pytest.importorskip("transformers")
+        exec(second, namespace)
+        assert unroll(namespace["model"], torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 50257)
 
     def test_a_missed_target_is_exit_status_1(self, tmp_path):
         run = run_train_copy(*TINY, "--baseline", "none", "--target", 1, cwd=tmp_path)
@@ -1474,6 +1511,15 @@ class TestTasks:
                 tokens, n = task.sample(args, segments, 2000, torch.Generator().manual_seed(1))
                 guess = tokens[:, -n:].long().flatten().bincount().max().item() / (n * 2000)  # always the same symbol
                 assert guess == pytest.approx(task.chance(args), abs=0.05)
+
+    @variants(["rmt", *[name for name, row in VARIANTS.items() if row.mask == "full"]])
+    def test_an_encoder_fills_in_blanks_and_is_asked_for_what_was_there(self, variant):
+        import train_copy
+        args = argparse.Namespace(task="copy", symbols=10, keys=4, segment_len=4, device="cpu")
+        inputs, targets = train_copy.sample(args, build(variant), 3, 5, torch.Generator().manual_seed(0))
+        assert torch.equal(targets, inputs[:, :4].repeat(1, 2))
+        blank = tasks.vocabulary(args).index("_")
+        assert (inputs[:, 5:] == blank).all() if variant != "rmt" else torch.equal(inputs[:, 5:], targets[:, :-1])
 
     def test_evaluation_never_draws_the_samples_of_training(self):
         """A CPU generator keeps 32 bits of its seed: seed + 2**32 was the stream of training."""
@@ -2409,9 +2455,9 @@ MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that
     ("tokens see later tokens", "now.tril_()", "now.tril_(1)", "test_no_token_sees_the_future"),
     ("an encoder is causal", "else self.variant.mask", 'else "causal"',
      "test_an_encoder_sees_its_whole_segment_and_no_later_one"),
-    ("write rows see the cache", "past[n - n_write:] = False", "past[n - n_write:] = True",
+    ("write rows see the cache", "cached[n - n_write:] = False", "cached[n - n_write:] = True",
      "test_mask_equals_its_picture"),
-    ("read rows see the cache", "past[:n_read] = False", "past[:n_read] = True",
+    ("read rows see the cache", "cached[:n_read] = False", "cached[:n_read] = True",
      "test_read_rows_see_no_segment_and_no_token_sees_write_rows_which_see_all"),
     ("gradient flows into the cache", ".detach().clone()", ".clone()",
      "test_without_recurrent_memory_no_gradient_crosses"),
@@ -2493,14 +2539,20 @@ MUTATIONS = [  # the story, a fragment of rmt.py, what it becomes, the test that
      "test_controller_and_bottleneck_equal_the_papers_two_steps_row_by_row"),
     ("read rows of a part are not memory", "block.n_read * (not past)", "block.n_read * (past is None)",
      "test_streaming_generation_equals_offline_argmax"),
-    ("the window is one wider", "distance <= window", "distance <= window + 1", "test_mask_equals_its_picture"),
-    ("a token of a bottleneck sees itself", "(distance > 0) &", "(distance >= 0) &", "test_mask_equals_its_picture"),
+    ("the window is one wider", ".tril(window).triu(-window)", ".tril(window + 1).triu(-window - 1)",
+     "test_mask_equals_its_picture"),
+    ("a token of a bottleneck sees itself", "near.fill_diagonal_(False)", "near", "test_mask_equals_its_picture"),
     ("a bottleneck in causal order has no window", "and self.window is None\n", "\n",
      "test_no_token_sees_its_neighbours_in_a_bottleneck_whatever_the_order"),
     ("a backbone of yours is drawn anew", "keep=tuple(yours)", "keep=()",
      "test_parts_of_yours_keep_their_weights_and_ours_go_where_they_are"),
     ("a norm of ours comes before a head of yours", "if head is None else nn.Identity()", "",
      "test_a_head_of_yours_gets_rows_as_the_backbone_leaves_them"),
+    ("a controller never drops out", "self.controller = Block(config, n_read, n_write)",
+     "self.controller = Block(Config(**config.__dict__ | {'dropout': 0.0}), n_read, n_write)",
+     "test_dropout_and_memory_noise_act_in_training_alone"),
+    ("a layer of yours loses its window", "issubclass(block, BottleneckBlock)", "block is BottleneckBlock",
+     "test_a_block_of_yours_keeps_what_its_parent_has"),
     ("a trial takes random numbers", "@torch.random.fork_rng(devices=[])", "#",
      "test_dropout_and_memory_noise_act_in_training_alone"),
     ("new tokens see beyond the window", "model.mask_form, model.window", "model.mask_form, None",
@@ -2529,6 +2581,8 @@ SCRIPT_MUTATIONS = [  # the story, the file, a fragment of it, what it becomes, 
      "test_a_stopped_and_killed_language_model_resumes_to_the_same_numbers"),
     ("the vocabulary is that of the whole text", "train_lm.py", "set(raw[:cuts[1]])", "set(raw)",
      "test_a_text_is_cut_90_5_5_and_has_the_characters_of_its_first_part"),
+    ("blanks are written over the answers", "train_copy.py", ".to(args.device, copy=True)", ".to(args.device)",
+     "test_an_encoder_fills_in_blanks_and_is_asked_for_what_was_there"),
     ("the first value of a key counts", "assets/tasks.py", "n_pairs - 1 - (keys == asked).flip(1)",
      "(keys == asked)", "test_remember_and_rewrite_ask_for_the_last_value_of_a_key"),
     ("what is dropped moves on", "assets/tasks.py", "            del holder[held[0]]\n", "",
@@ -2540,7 +2594,7 @@ SCRIPT_MUTATIONS = [  # the story, the file, a fragment of it, what it becomes, 
     ("attention maps are left in place", "assets/figures.py", "with torch.no_grad(), mock.patch.object(F, ",
      "F.scaled_dot_product_attention = recorded\n    with torch.no_grad(), mock.patch.object(F, ",
      "test_attention_maps_equal_loops_and_leave_the_model_as_it_was"),
-    ("maps of memory and tokens are mixed up", "assets/figures.py", "weights[::2]", "weights[1::2]",
+    ("maps of memory and tokens are swapped", "assets/figures.py", "maps[::2], maps[1::2]", "maps[1::2], maps[::2]",
      "test_attention_maps_equal_loops_and_leave_the_model_as_it_was"),
     ("weights of any shape are loaded", "assets/run.py", "if given.get(key) != needed.get(key):", "if False:",
      "test_an_earlier_language_model_is_neither_overwritten_nor_mixed_up"),

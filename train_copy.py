@@ -113,7 +113,7 @@ def state_floats(model):
 def sample(args, model, segments, batch, generator):
     """Inputs (B, length) and targets (B, n_answer), which belong to the last n_answer inputs."""
     tokens, n = TASKS[args.task].sample(args, segments, batch, generator)
-    inputs, targets = tokens[:, :-1].to(args.device), tokens[:, -n:].long().to(args.device)
+    inputs, targets = tokens[:, :-1].to(args.device, copy=True), tokens[:, -n:].long().to(args.device)
     if model.variant.mask == "full":  # an encoder would see the answer among its inputs, so it fills in blanks
         inputs[:, inputs.size(1) - n + 1:] = vocabulary(args).index("_")
     return inputs, targets

@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ASSETS = Path(__file__).parent
@@ -326,24 +323,28 @@ def attention_maps(model, tokens, state):
     """
     import torch
     import torch.nn.functional as F
+
+    from rmt import BottleneckBlock, ControllerBlock
     weights, attend = [], F.scaled_dot_product_attention
 
-    def recorded(q, k, v, attn_mask=None, is_causal=False, **options):
-        scores = q @ k.mT / q.size(-1) ** 0.5
+    def recorded(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        keys = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
+        scores = q @ keys.mT * (q.size(-1) ** -0.5 if scale is None else scale)
         mask = torch.ones_like(scores).tril().bool() if is_causal else attn_mask
+        mask = torch.zeros_like(scores) if mask is None else mask
         masked = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         weights.append(masked.softmax(dim=-1))
-        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **options)
+        return attend(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", recorded):
         model(tokens, state)
     if not weights:
         raise ValueError("attention_maps needs layers that call F.scaled_dot_product_attention, and these do not")
-    n_layer, N = model.config.n_layer, weights[0].size(-2)
-    maps = torch.stack(weights[-1::-len(weights) // n_layer][::-1])
-    if len(weights) == 2 * n_layer:  # memory rows and tokens were computed one after the other
+    maps, N = torch.stack(weights), weights[0].size(-2)
+    if issubclass(model.variant.block, (ControllerBlock, BottleneckBlock)):  # each layer attends for memory rows first
         memory = [*range(model.n_read), *range(N - model.n_write, N)]
-        maps[..., memory, :] = torch.stack(weights[::2])[..., memory, :]
+        for_memory, maps = maps[::2], maps[1::2].clone()
+        maps[..., memory, :] = for_memory[..., memory, :]
     return maps, [model.n_read, maps.size(-1) - N, tokens.size(1), model.n_write]
 
 
@@ -364,8 +365,11 @@ def draw_masks(n_tokens=5, n_mem=2, cache_len=3, window=2):
     """The mask of every variant, with a full cache, as segment_mask makes it; and a bottleneck with a window."""
     from rmt import RMT, VARIANTS, Config, segment_mask
     shown = dict.fromkeys(VARIANTS, 0) | {"mem_bottleneck, window 2": window}
-    figure, axes = plt.subplots(2, 6, figsize=(13, 5), layout="constrained")
-    for axis, (name, window) in zip(axes.flat, shown.items(), strict=True):
+    n_rows = -(-len(shown) // 6)
+    figure, axes = plt.subplots(n_rows, 6, figsize=(13, 2.5 * n_rows), layout="constrained")
+    for axis in axes.flat[len(shown):]:
+        axis.axis("off")
+    for axis, (name, window) in zip(axes.flat, shown.items(), strict=False):
         config = Config(name.split(",")[0], segment_len=n_tokens, n_mem=n_mem, cache_len=cache_len, window=window)
         model = RMT(config)
         sizes = [model.n_read, model.n_cache, n_tokens, model.n_write]

@@ -61,6 +61,7 @@ def parse(description, flags, limits, recipes=None):
     flags    {group: {flag: (default, help)}}; a default None stands in recipes, {task: {flag: default}}
     limits   {flag: (smallest, largest)} where they are not 1, for integers, or 0, for other numbers, and 1e9
     """
+    os.environ["MPLBACKEND"] = "Agg"  # pictures go to files
     parser = argparse.ArgumentParser(usage=f"python {SCRIPT} [flags]", description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
