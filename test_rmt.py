@@ -1220,7 +1220,7 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: around(Returning(lambda x: (x, None))), ValueError,
      "backbone takes a carry () and returns None: for 2 sequences both must be tuples of tensors (2, ...), alike"),
     (lambda: around(Returning(lambda x: (x, (x[0],)))), ValueError, "takes a carry () and returns ((10, 16),): for"),
-    (lambda: around(Returning(lambda x: (x, (x[:1, 0],)), (torch.zeros(1, D),))), ValueError, "carry ((1, 16),) and"),
+    (lambda: around(Returning(lambda x: (x, (x[:1, 0],)), (torch.zeros(1, D),))), ValueError, "((1, 16),) and"),
     (lambda: around(Returning(lambda x: (x, [x]), [torch.zeros(2, 1)])), ValueError, "takes a carry [tensor("),
     (lambda: around(embed=nn.Embedding(V, D + 1)), ValueError, "embed makes (2, 4, 17) of (2, 4) and must make (2,"),
     (lambda: around(embed=nn.Embedding(V - 1, D)), ValueError, "embed fails on (2, 4), vocab_size=11: index out of"),

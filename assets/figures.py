@@ -199,6 +199,7 @@ FAMILY = {  # what the table of the Memory Transformer's forms calls a model: it
     "`rmt`": ({"model": "rmt"}, "-o", "0"),
     "`mem_controller`": ({"model": "mem_controller"}, "--", "0.4"),
     "`mem_bottleneck`, window 8": ({"model": "mem_bottleneck", "window": 8}, "-s", "0.55"),
+    "`mem_bottleneck`, window 2": ({"model": "mem_bottleneck", "window": 2}, ":v", "0.7"),
     "`mem_bottleneck`, window 0": ({"model": "mem_bottleneck", "window": 0}, ":^", "0.4")}
 
 
