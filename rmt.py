@@ -305,8 +305,9 @@ class AssociativeBlock(Block):
 
 def update_memory(block: Block, x: Tensor, mask: Tensor | None, past: list | None) -> tuple[Tensor, Tensor]:
     """Which of the rows x are memory rows, and these after the block; past as in Attention.forward."""
-    n_read, n_write = block.n_read * (not past), block.n_write * (past is None)  # a part has no write rows, a later
-    rows, h = torch.arange(-n_write, n_read, device=x.device) % x.size(1), block.norm_1(x)  # part has no read rows
+    n_write = block.n_write * (past is None)  # a part of a segment has none yet
+    n_read = block.n_read * (not past)        # a later part has none: they are in the past
+    rows, h = torch.arange(-n_write, n_read, device=x.device) % x.size(1), block.norm_1(x)
     return rows, block.residual(x, h, h, mask, rows=rows) if len(rows) else x[:, rows]
 
 
@@ -424,7 +425,7 @@ class RMT(nn.Module):
         require(config.n_mem > 0 or not (self.variant.read or self.variant.write), "n_mem" + missing)
         require(config.cache_len > 0 or not issubclass(block, CacheBlock), "cache_len" + missing)
         require(backbone is None or block is Block, f"{config.variant!r} has layers of its own: a backbone fits 'rmt'")
-        require(not config.tie_weights or embed is head is None, "tie_weights=True ties our parts: tie yours yourself")
+        require(not config.tie_weights or (embed, head) == (None, None), "tie_weights=True ties our parts: tie yours")
         self.n_read, self.n_write = config.n_mem * self.variant.read, config.n_mem * self.variant.write
         self.n_cache = config.cache_len if issubclass(block, CacheBlock) else 0
         self.window = config.window if issubclass(block, BottleneckBlock) else None

@@ -2091,7 +2091,7 @@ class TestNotebooks:
             assert not re.search(r"^\s*[!%]", source, re.MULTILINE)
             for node in ast.walk(ast.parse(source)):
                 assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 30
-        (setup,) = [source for source in sources(notebook, "code") if "git" in source]
+        (setup,) = [source for source in sources(notebook, "code") if '"clone"' in source]
         assert "rmt.py" in setup and "sys.path" in setup
 
 

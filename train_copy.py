@@ -53,7 +53,7 @@ FLAGS = {  # group, flag, default (None: in the task's recipe), help
         "d_model": (64, "width"),
         "n_mem": (None, "M, memory tokens"),
         "cache_len": (8, "C, positions cached per layer, for transformer_xl and rmt_xl"),
-        "window": (0, "preceding tokens that a token of mem_bottleneck sees beside memory"),
+        "window": (0, "tokens next to it that a token of a bottleneck sees beside memory"),
         "d_assoc": (16, "width of associative keys, of which dpfp makes 2 * nu * d_assoc features, for armt"),
         "nu": (3, "products that dpfp makes of every channel, for armt"),
         "update": ("delta", "of the associative memory: delta, armt or hebbian, see Config in rmt.py"),

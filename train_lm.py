@@ -41,7 +41,7 @@ FLAGS = {  # group, flag, default, help
         "d_model": (64, "width"),
         "n_mem": (8, "M, memory tokens"),
         "cache_len": (32, "C, positions cached per layer, for transformer_xl and rmt_xl"),
-        "window": (0, "preceding tokens that a token of mem_bottleneck sees beside memory"),
+        "window": (0, "tokens next to it that a token of a bottleneck sees beside memory"),
         "memory_form": ("raw", "what is handed on: norm or raw, see Config in rmt.py"),
         "write_slot": ("embedding", "what the write rows are fed: memory, embedding or both, see Config in rmt.py"),
         "memory_noise": (0.0, "noise on the handed-on memory in training, up to this fraction of its RMS"),
