@@ -214,7 +214,7 @@ def load_runs(args):
         fill(run["model"], saved, name)
         run["optimizer"].load_state_dict(state.pop("optimizer"))
         run["data"].set_state(state.pop("data"))
-        run.update({key: value for key, value in state.items() if key != "model"})
+        run.update(state)
     torch.set_rng_state(saved["rng"][0])
     if args.device.startswith("cuda") and len(saved["rng"]) > 1:
         torch.cuda.set_rng_state(saved["rng"][1], args.device)

@@ -293,9 +293,9 @@ def load_runs(args, runs, text):
     mine = saved["ranks"][RANK]
     for name, run in runs.items():
         fill(run["model"], saved, name)
-        run["optimizer"].load_state_dict(saved["runs"][name]["optimizer"])
+        run["optimizer"].load_state_dict(saved["runs"][name].pop("optimizer"))
         states = [s and map_tensors(lambda t: t.to(args.device), State(*s)) for s in mine["states"][name]]
-        run.update({key: saved["runs"][name][key] for key in ("step", "bpc", "rows", "seconds")}, states=states)
+        run.update(saved["runs"][name], states=states)
     torch.set_rng_state(mine["rng"][0])
     if args.device.startswith("cuda") and len(mine["rng"]) > 1:
         torch.cuda.set_rng_state(mine["rng"][1], args.device)

@@ -144,15 +144,25 @@ def bits(results, state="carried", places=None):
     return [sum(piece) / len(piece) for piece in pieces]
 
 
+def by_position(results, state="carried"):
+    """Bits per character at each position in the segment, mean of the seeds."""
+    places = zip(*(result[state]["by_position"] for result in results), strict=True)
+    return [sum(place) / len(place) for place in places]
+
+
+def language_cells(results):
+    """The cells of bits per character that the tables of language models share."""
+    return [spread(bits(results, *how)) for how in (
+        (), ("carried", slice(8)), ("carried", slice(8, None)), ("reset",), ("of another stream",))]
+
+
 def language_tables():
     """The README's tables of train_lm.py, line by line."""
     yield "| model | floats | all | first 8 | the rest | reset | another's | CPU s |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, flags in LANGUAGE.items():
         runs = language(**flags)
-        cells = [spread(bits(runs, *how)) for how in (
-            (), ("carried", slice(8)), ("carried", slice(8, None)), ("reset",), ("of another stream",))]
-        seconds = spread([run["seconds"] for run in runs], 0)
+        cells, seconds = language_cells(runs), spread([run["seconds"] for run in runs], 0)
         yield f"| {name} | {runs[0]['carried']['state_floats']} | {' | '.join(cells)} | {seconds} |"
     names = ("`transformer`", "`transformer_xl`, C 4", "`rmt`, M 8", "`rmt_xl`, M 8, C 8")
     yield f"| setting | {' | '.join(names)} |"
@@ -179,8 +189,7 @@ def draw_language():
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", width_ratios=(3, 2))
     for name, line, color in (("`transformer`", "-", "0.6"), ("`transformer_xl`, C 4", "--", "0.4"),
                               ("`rmt`, M 8", "-o", "0"), ("`rmt_xl`, M 8, C 8", ":s", "0.3")):
-        runs = language(**LANGUAGE[name])
-        mean = [sum(place) / len(place) for place in zip(*(run["carried"]["by_position"] for run in runs), strict=True)]
+        mean = by_position(language(**LANGUAGE[name]))
         left.plot(range(1, 33), mean, line, color=color, markersize=3, linewidth=1, label=name.replace("`", ""))
         above = ", ".join(f"{bit:.2f}" for bit in mean if bit > 2.9)
         if above:
@@ -218,9 +227,7 @@ def family_tables():
     for name in FAMILY:
         copy, text = family(name, "train_copy.py"), family(name, "train_lm.py")
         cells = [spread([run["9"][how] for run in copy]) for how in ("teacher_forced", "free_running")]
-        cells += [spread([run["cpu_seconds"] for run in copy], 0)]
-        cells += [spread(bits(text, *how)) for how in (
-            (), ("carried", slice(8)), ("carried", slice(8, None)), ("reset",), ("of another stream",))]
+        cells += [spread([run["cpu_seconds"] for run in copy], 0), *language_cells(text)]
         yield f"| {name} | {' | '.join(cells)} | {spread([run['seconds'] for run in text], 0)} |"
 
 
@@ -229,8 +236,7 @@ def draw_family():
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, (_, line, color) in FAMILY.items():
         runs = family(name, "train_lm.py")
-        carried, reset = ([sum(place) / len(place) for place in zip(
-            *(run[state]["by_position"] for run in runs), strict=True)] for state in ("carried", "reset"))
+        carried, reset = by_position(runs), by_position(runs, "reset")
         style = {"color": color, "markersize": 3, "linewidth": 1, "label": name.replace("`", "")}
         left.plot(range(1, 33), carried, line, **style)
         right.plot(range(1, 33), [b - a for a, b in zip(carried, reset, strict=True)], line, **style)
@@ -362,17 +368,16 @@ def draw_map(axis, weights, widths, names):
               [name for name, size in zip(names, sizes, strict=True) if size])
 
 
-def draw_masks(n_tokens=5, n_mem=2, cache_len=3, window=2):
+def draw_masks():
     """The mask of every variant, with a full cache, as segment_mask makes it; and a bottleneck with a window."""
     from rmt import RMT, VARIANTS, Config, segment_mask
-    shown = dict.fromkeys(VARIANTS, 0) | {"mem_bottleneck, window 2": window}
+    shown, n_tokens = dict.fromkeys(VARIANTS, 0) | {"mem_bottleneck, window 2": 2}, 5
     n_rows = -(-len(shown) // 6)
     figure, axes = plt.subplots(n_rows, 6, figsize=(13, 2.5 * n_rows), layout="constrained")
     for axis in axes.flat[len(shown):]:
         axis.axis("off")
     for axis, (name, window) in zip(axes.flat, shown.items(), strict=False):
-        config = Config(name.split(",")[0], segment_len=n_tokens, n_mem=n_mem, cache_len=cache_len, window=window)
-        model = RMT(config)
+        model = RMT(Config(name.split(",")[0], segment_len=n_tokens, n_mem=2, cache_len=3, window=window))
         sizes = [model.n_read, model.n_cache, n_tokens, model.n_write]
         mask = segment_mask(*sizes, model.mask_form, model.window)
         draw_map(axis, 0.65 * mask, sizes, ("read", "cache", "tokens", "write"))

@@ -168,10 +168,10 @@ def load(path, *keys):
 
 
 def fill(model, saved, name):
-    """Load the weights of one run of a checkpoint. Raises ValueError with both shapes where they do not fit."""
+    """Take the weights of one run out of a checkpoint. Raises ValueError with both shapes where they do not fit."""
     if name not in saved["runs"]:
         raise ValueError(f"--model {name}: the checkpoint has {', '.join(saved['runs']) or 'no run yet'}")
-    weights = saved["runs"][name]["model"]
+    weights = saved["runs"][name].pop("model")
     given, needed = ({key: tuple(t.shape) for key, t in some.items()} for some in (weights, model.state_dict()))
     for key in needed | given:
         if given.get(key) != needed.get(key):
