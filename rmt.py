@@ -1,43 +1,60 @@
-"""Recurrent Memory Transformer and its family, in one file.
+"""The Recurrent Memory Transformer and its family, in one file.
 
-A Transformer reads a long sequence one segment at a time. State can cross a segment boundary in two places:
-    over the top      memory tokens: what the last layer wrote is what the first layer reads next    RMT
-    inside a layer    a carry: the layer's own inputs in the segment before                          Transformer-XL
-                               or a matrix that the layer reads, and rewrites at the write tokens    ARMT
+A Transformer reads a long sequence one segment at a time. State can cross a segment boundary in two
+places:
 
-             segment t                               segment t + 1
-    logits           ^      written ---.       logits         ^      written
-    layer L   ========================  |             ========================
-    ...       ========================  -- carry -->  ========================
-    layer 1   ========================  |             ========================
-              read | tokens | write     '-----------> read | tokens | write     (it fills both blocks)
+    over the top      memory tokens: what the last layer writes is what the first layer reads next   RMT
+    inside a layer    a carry: cached inputs (Transformer-XL) or an associative matrix (ARMT)
 
-The method is this loop; `unroll`, near the end, is the same loop with its options and checks:
+              segment t                              segment t + 1
+    logits            ^     written ---.       logits            ^     written
+    layer L   =======================  |       layer L   =======================
+    ...       =======================  |  carry   -->    =======================
+    layer 1   =======================  |       layer 1   =======================
+              read | tokens | write    '------------->   read | tokens | write
+
+The memory that was written fills both memory blocks of the next segment. The whole method is this
+loop; `unroll` is the same loop with its options:
+
     state = model.initial_state(batch_size)
-    for segment in tokens.split(segment_len, dim=1):
-        if a_cut_falls_here:
-            state = state.detach()                # truncated backpropagation through time (BPTT)
+    for segment in segments:
+        if gradient_stops_here:                   # truncated backpropagation through time (BPTT)
+            state = state.detach()
         logits, state = model(segment, state)     # one segment, always
 
+The file has three parts. Part I is the Recurrent Memory Transformer, whole; you can stop after it.
+Part II adds its relatives, one mechanism after the other: each is a layer, its equations and its row
+of the table VARIANTS. Part III puts a model to work: it generates text, shows where a model looks,
+and runs many segments at once where that is possible.
+
 Glossary
-    B  batch    S  segments    L  n_layer    D  d_model    H  n_head    E  D / H    V  vocab_size
-    T  segment_len, tokens per segment    M  n_mem, memory tokens    C  cache_len, "mem_len" in [TXL]
-    N  rows of one segment: read + tokens + write                    K  2 nu d_assoc, width of associative keys
-    state        all that crosses a boundary: State(memory, carry), plain tensors, never stored on a module
-    memory       (B, M, D), "mem_t" in [RMT]; never the Transformer-XL cache
-    carry        the backbone's part of the state
-    read, write  the memory tokens before and after the tokens of a segment, "H^mem" in [RMT]
-    bptt_depth   boundaries that gradient may cross, "BPTT-k" in [RMT]
+    B  batch size          T  segment_len, tokens of one segment    V  vocab_size
+    D  d_model             M  n_mem, memory tokens                  L  n_layer
+    H  n_head              E  D / H, channels of one head           C  cache_len, "mem_len" in [TXL]
+    N  the rows of one segment, read + tokens + write               K  features of an associative key
+
+    memory          (B, M, D), "mem_t" in [RMT]; it goes over the top
+    read, write     the memory tokens before and after the tokens of a segment
+    carry           what the layers hand on to themselves
+    state           all that crosses a boundary: State(memory, carry), passed in and returned
+    bptt_depth      how many boundaries gradient may cross, "BPTT-k" in [RMT]
+
 References
-    [RMT]     Bulatov, Kuratov, Burtsev. Recurrent Memory Transformer. NeurIPS 2022, arXiv:2207.06881
-    [RMT-1M]  Bulatov, Kuratov, Burtsev. Scaling Transformer to 1M tokens and beyond with RMT. 2023, arXiv:2304.11062
-    [TXL]     Dai, Yang, Yang, Carbonell, Le, Salakhutdinov. Transformer-XL. 2019, arXiv:1901.02860
+    [RMT]     Bulatov, Kuratov, Burtsev. Recurrent Memory Transformer. 2022, arXiv:2207.06881
+    [RMT-1M]  Bulatov, Kuratov, Burtsev. Scaling Transformer to 1M tokens and beyond with RMT. 2023,
+              arXiv:2304.11062
+    [RoPE]    Su et al. RoFormer: Enhanced Transformer with Rotary Position Embedding. 2021,
+              arXiv:2104.09864
+    [TXL]     Dai et al. Transformer-XL. 2019, arXiv:1901.02860
     [MT]      Burtsev, Kuratov, Peganov, Sapunov. Memory Transformer. 2020, arXiv:2006.11527
-    [ARMT]    Rodkin, Kuratov, Bulatov, Burtsev. Associative Recurrent Memory Transformer. 2024, arXiv:2407.04841
-    [DB]      Sivtsov et al. Diagonal Batching Unlocks Parallelism in Recurrent Memory ... 2025, arXiv:2506.05229
+    [ARMT]    Rodkin, Kuratov, Bulatov, Burtsev. Associative Recurrent Memory Transformer. 2024,
+              arXiv:2407.04841
+    [DB]      Sivtsov et al. Diagonal Batching Unlocks Parallelism in Recurrent Memory Transformers
+              for Long Contexts. 2025, arXiv:2506.05229
 """
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -51,649 +68,1140 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
-# -------------------------------------------------------------------------------------------------- 1. config and state
-# In: plain numbers. Out: a validated Config, and the value that crosses segments.
-
-def require(condition: bool, message: str, error: type = ValueError):
-    """Raise error(message) unless the condition holds."""
-    if not condition:
-        raise error(message)
+# ==================================================================================================
+# Part I. The Recurrent Memory Transformer
+# ==================================================================================================
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and choices of one model. Raises ValueError naming field, value and rule; RMT checks the variant."""
-    variant: str = "rmt"         # a key of VARIANTS
-    vocab_size: int = 64         # V
-    segment_len: int = 32        # T, tokens
-    n_layer: int = 2             # L
-    n_head: int = 4              # H
-    d_model: int = 64            # D
-    n_mem: int = 8               # M, memory tokens
-    cache_len: int = 32          # C, cached positions per layer
-    d_assoc: int = 16            # width of associative keys before dpfp; after it K = 2 nu d_assoc
-    nu: int = 3                  # how many products dpfp makes of every channel
-    window: int = 0              # tokens next to it that a token of a bottleneck sees beside memory
-    update: str = "delta"        # of the associative memory: lasts longest; "armt" [ARMT]; "hebbian": cannot rewrite
-    memory_form: str = "norm"    # handed on: written rows after the final norm [RMT], or "raw", the residual stream
-    write_slot: str = "memory"   # fed to the write rows: the incoming memory [RMT], an "embedding", or "both" added up
-    memory_mask: str = "paper"   # a memory block sees itself both ways; "causal": it does not, fast kernels on a GPU
-    memory_noise: float = 0.0    # in training, noise on the memory over the top: up to this fraction of its RMS
-    dropout: float = 0.0         # on the embeddings and on the output of each sublayer
-    tie_weights: bool = False    # one matrix for embedding and head
+    """The sizes and choices of one model. Raises ValueError with field, value and rule."""
+    variant: str = "rmt"        # a row of VARIANTS
+    vocab_size: int = 64        # V
+    segment_len: int = 32       # T, tokens
+    n_layer: int = 2            # L
+    n_head: int = 4             # H
+    d_model: int = 64           # D
+    n_mem: int = 8              # M, memory tokens
+    dropout: float = 0.0        # on the embedded tokens and on the output of every sublayer
+    tie_weights: bool = False   # one matrix for embedding and head
+
+    # How memory is handed on. The first value of each choice is the one of the paper [RMT].
+    memory_form: str = "norm"    # the written rows after the final norm, or "raw": before it
+    write_slot: str = "memory"   # what the write rows are fed: the incoming memory, a learned
+                                 # "embedding", or the sum of "both"
+    memory_noise: float = 0.0    # in training, noise on the memory: up to this fraction of its size
+
+    # Part II: transformer_xl and rmt_xl
+    cache_len: int = 32          # C, positions that every layer caches
+    carry_dropout: float = 0.0   # in training, how often a sequence with memory loses its carry
+    # Part II: mem_bottleneck
+    window: int = 0              # how far a token sees other tokens, beside memory
+    # Part II: armt
+    d_assoc: int = 16            # channels of an associative key, which become K = 2 nu d_assoc
+    nu: int = 3                  # products that the feature map makes of every channel
+    update: str = "delta"        # the rule that writes: "delta", "armt" as published, "hebbian"
 
     def __post_init__(self):
-        for name, least in {"vocab_size": 1, "segment_len": 1, "n_layer": 1, "n_head": 1, "d_model": 1, "n_mem": 0,
-                            "cache_len": 0, "window": 0, "d_assoc": 1, "nu": 1}.items():
+        positive = "vocab_size segment_len n_layer n_head d_model d_assoc nu".split()
+        for name in [*positive, "n_mem", "cache_len", "window"]:
             value = getattr(self, name)
-            require(type(value) is int and value >= least, f"{name}={value!r} must be an integer of at least {least}")
-        require(self.nu < 2 * self.d_assoc, f"nu={self.nu} must be below 2 * d_assoc={2 * self.d_assoc}")
-        D, pairs = self.d_model, 2 * self.n_head
-        require(D % pairs == 0, f"d_model={D} must be divisible by 2 * n_head={pairs}: rotary positions turn pairs")
-        for name, choices in (("memory_form", ("norm", "raw")), ("write_slot", ("memory", "embedding", "both")),
-                              ("memory_mask", ("paper", "causal")), ("update", ("delta", "armt", "hebbian"))):
+            least = 1 if name in positive else 0
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        for name, end in {"dropout": 1, "carry_dropout": 1, "memory_noise": math.inf}.items():
             value = getattr(self, name)
-            require(value in choices, f"{name}={value!r} must be one of {', '.join(choices)}")
-        for name, end in (("dropout", 1), ("memory_noise", math.inf)):
-            value = getattr(self, name)
-            require(type(value) in (int, float) and 0 <= value < end, f"{name}={value!r} must be from 0 to below {end}")
-        require(type(self.tie_weights) is bool, f"tie_weights={self.tie_weights!r} must be True or False")
+            if type(value) not in (int, float) or not 0 <= value < end:
+                raise ValueError(f"{name}={value!r} must be a number from 0 to below {end}")
+        choices = {
+            "memory_form": ("norm", "raw"),
+            "write_slot": ("memory", "embedding", "both"),
+            "update": ("delta", "armt", "hebbian"),
+            "tie_weights": (False, True),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
+        if self.d_model % (2 * self.n_head) != 0:  # rotary positions turn pairs of channels
+            raise ValueError(f"d_model={self.d_model} must be divisible by 2 * n_head={2 * self.n_head}")
+        if self.nu >= self.d_assoc:  # or products of a channel with itself would fill the features
+            raise ValueError(f"nu={self.nu} must be below d_assoc={self.d_assoc}")
 
 
 class State(NamedTuple):
-    """All that crosses a segment boundary. `torch.save(tuple(state), path)` and `State(*torch.load(path))` keep it."""
-    memory: Tensor  # (B, M, D); (B, 0, D) where memory is not recurrent
-    carry: tuple    # nested tuples of tensors, batch first; here one tuple per layer
+    """All that crosses a segment boundary: plain tensors, which no module keeps.
+
+    `torch.save(tuple(state), path)` stores a state, `State(*torch.load(path))` brings it back.
+    """
+    memory: Tensor  # (B, M, D); (B, 0, D) where no memory goes over the top
+    carry: tuple    # nested tuples of tensors (B, ...); here one tuple for every layer
 
     def detach(self) -> State:
-        """The same values, the gradient cut."""
-        return map_tensors(torch.detach, self)
+        """The same values, cut off from the graph that computed them."""
+        return tree_map(torch.detach, self)
 
 
-def map_tensors(fn, tree):
-    """Apply fn to every tensor of nested tuples, as in `map_tensors(lambda t: t.to("cuda"), state)`."""
-    if not isinstance(tree, tuple):
-        return fn(tree) if isinstance(tree, Tensor) else tree
-    mapped = [map_tensors(fn, branch) for branch in tree]
-    return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
+def tree_map(fn, tree):
+    """Apply fn to every tensor of nested tuples: `tree_map(lambda t: t.to("cuda"), state)`."""
+    if isinstance(tree, State):
+        return State(tree_map(fn, tree.memory), tree_map(fn, tree.carry))
+    if isinstance(tree, tuple):
+        return tuple(tree_map(fn, branch) for branch in tree)
+    return fn(tree)
 
 
-def tensors(tree) -> list[Tensor]:
-    """The tensors of nested tuples, as in `sum(t.numel() for t in tensors(state))` for the floats of a state."""
-    return [tree] if isinstance(tree, Tensor) else [t for branch in tree for t in tensors(branch)]
+def tree_leaves(tree) -> list[Tensor]:
+    """The tensors of nested tuples: `sum(t.numel() for t in tree_leaves(state))` counts floats."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    leaves = []
+    for branch in tree:
+        leaves.extend(tree_leaves(branch))
+    return leaves
 
 
-# --------------------------------------------------------------------------------------------- 2. the Transformer layer
-# In: rows x (B, N, D) and a mask. Out: rows of the same shape.
+class Layout(NamedTuple):
+    """Where the rows of a segment stand, and who may look at whom. It is the same for every layer.
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate x (B, H, n, E) to the positions whose angles are in rope (2, n, E / 2)."""
-    cos, sin = rope.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        rows      read | tokens | write            what a layer computes         N of them
+        columns   read | cache | tokens | write    what its attention sees   C + N of them
+
+    In Part I there is no cache, so that rows and columns are the same.
+    """
+    n_read: int
+    n_cache: int
+    n_tokens: int
+    n_write: int
+    mask: Tensor               # (N, C + N), True = this row may look at this column
+    causal: bool               # the mask is the lower triangle, which fast kernels know
+    row_rotation: Tensor       # (N, E / 2) complex, the positions of the rows
+    column_rotation: Tensor    # (C + N, E / 2) complex, the positions of the columns
+    kv_cache: dict | None = None  # Part III: keys and values of the segment's earlier rows
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows x (B, N, D) -> those of the read memory, of the tokens and of the write memory."""
+        return x.split([self.n_read, self.n_tokens, self.n_write], dim=1)
 
 
-class Linear(nn.Linear):
-    """nn.Linear, or those of l layers at once: x (l B, n, in), weight (l, out, in), bias (l, out); unroll_diagonal."""
-    def forward(self, x, out=None):  # out: a slice of what comes out, where there is no bias
-        weight = self.weight if out is None else self.weight[..., out, :]
-        if weight.dim() == 2:
-            return F.linear(x, weight, self.bias)
-        y = x.reshape(len(weight), -1, x.size(-1)) @ weight.mT
-        return (y if self.bias is None else y + self.bias[:, None]).view(*x.shape[:2], -1)
+def rotary_table(n_positions: int, width: int) -> Tensor:
+    """cos and sin of every position's angles, (n_positions, width / 2, 2) [RoPE]."""
+    frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    angle = torch.arange(n_positions)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
-class Norm(nn.LayerNorm):
-    """nn.LayerNorm without bias, or those of l layers at once: x (l B, n, D), weight (l, D)."""
-    def forward(self, x):
-        if self.weight.dim() == 1:
-            return super().forward(x)
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps).unflatten(0, (len(self.weight), -1))
-        return (y * self.weight[:, None, None]).flatten(0, 1)
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair of channels of x (B, n, H, E) by the angle of its row: rotary positions [RoPE].
+
+    A pair is a complex number, rotation (n, E / 2) is e^(i angle), and turning is their product.
+    """
+    pairs = x.unflatten(-1, (-1, 2)).to(rotation.real.dtype)   # (B, n, H, E / 2, 2)
+    turned = torch.view_as_complex(pairs) * rotation[:, None]  # (B, n, H, E / 2)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of rows x = [read | tokens | write] to context = [read | cache | tokens | write].
+    """Multi-head attention with rotary positions.
 
-    Departure: rotary positions, where [RMT] has absolute ones and [TXL] relative biases. They count along a full cache,
-    so tokens stand at one distance from the read memory, and cached rows right before the tokens that followed them.
+    Departure: [RMT] has absolute positions and [TXL] relative ones. Here all variants have the same.
     """
-    def __init__(self, config: Config, n_read: int = 0, n_cache: int = 0):
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.n_head, self.n_read, self.n_cache = config.n_head, n_read, n_cache
-        self.qkv = Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out = Linear(config.d_model, config.d_model, bias=False)
-        position, E = torch.arange(n_cache + config.segment_len + 2 * config.n_mem), config.d_model // config.n_head
-        angle = position[:, None] * 10000.0 ** (-torch.arange(0, E, 2) / E)
-        self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]), persistent=False)
+        D = config.d_model
+        self.n_head = config.n_head
+        self.query = nn.Linear(D, D, bias=False)
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, past: list | None = None) -> Tensor:
-        """x (B, N, D), context (B, c + N, D), mask (N, c + N), True = may look, None = causal -> (B, N, D).
+    def forward(self, x: Tensor, context: Tensor, layout: Layout) -> Tensor:
+        """The rows x (B, N, D) look at the columns context (B, C + N, D) -> (B, N, D)."""
+        q = self.split_heads(self.query(x))                          # (B, N, H, E)
+        k = self.split_heads(self.key(context))                      # (B, C + N, H, E)
+        v = self.split_heads(self.value(context)).transpose(1, 2)    # (B, H, C + N, E)
+        q = rotate(q, layout.row_rotation).transpose(1, 2)           # (B, H, N, E)
+        k = rotate(k, layout.column_rotation).transpose(1, 2)        # (B, H, C + N, E)
 
-        With past, [] at the start of a segment and then [rows so far, their keys, their values], x can be a part of the
-        segment's rows: the next call gets those that follow and a mask (N, all keys so far), and past grows by them.
-        """
-        n, c, done = x.size(1), context.size(1) - x.size(1), past[0] if past else 0
-        if c == 0:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-        else:
-            D = x.size(-1)
-            q, (k, v) = self.qkv(x, slice(0, D)), self.qkv(context, slice(D, 3 * D)).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, rows, E)
-        q, k = rotate(q, self.angles(n, 0, done)), rotate(k, self.angles(n, c, done))
-        if past is not None:
-            k, v = (torch.cat([past[1], k], dim=2), torch.cat([past[2], v], dim=2)) if past else (k, v)
-            past[:] = done + n, k, v
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.out(y.transpose(1, 2).flatten(-2))
+        if layout.kv_cache is not None:  # the columns before these were computed earlier
+            if self in layout.kv_cache:
+                earlier_k, earlier_v = layout.kv_cache[self]
+                k = torch.cat([earlier_k, k], dim=2)
+                v = torch.cat([earlier_v, v], dim=2)
+            layout.kv_cache[self] = k, v
 
-    def angles(self, n, c, done):
-        """For n rows after the first done, and c cached ones between the read rows and the rest: (2, c + n, E / 2)."""
-        if self.n_cache == 0 or done > 0:
-            return self.rope[:, self.n_cache + done:self.n_cache + done + n]
-        return torch.cat([self.rope[:, :self.n_read], self.rope[:, self.n_read + self.n_cache - c:self.n_cache + n]], 1)
+        mask = None if layout.causal else layout.mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=layout.causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, n, D) -> (B, n, H, E)"""
+        return x.unflatten(-1, (self.n_head, -1))
 
 
 class Block(nn.Module):
-    """One pre-norm layer that carries nothing. A new mechanism is a subclass made of Linear and Norm, and a Variant."""
-    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0, n_cache: int = 0):
+    """A pre-norm Transformer layer. It carries nothing from one segment to the next."""
+
+    def __init__(self, config: Config):
         super().__init__()
-        D, self.n_read, self.n_write, self.n_cache = config.d_model, n_read, n_write, n_cache
-        self.norm_1, self.norm_2 = Norm(D, bias=False), Norm(D, bias=False)
-        self.attn = Attention(config, n_read, n_cache)
-        self.mlp = nn.Sequential(Linear(D, 4 * D, bias=False), nn.GELU(), Linear(4 * D, D, bias=False))
+        D = config.d_model
+        self.norm_1 = nn.LayerNorm(D, bias=False)
+        self.norm_2 = nn.LayerNorm(D, bias=False)
+        self.attn = Attention(config)
+        self.mlp = nn.Sequential(
+            nn.Linear(D, 4 * D, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * D, D, bias=False),
+        )
         self.dropout = nn.Dropout(config.dropout)
 
+    def init_weights(self):
+        """Start weights that begin in a way of their own, after RMT has drawn all; here none."""
+
     def initial_carry(self, batch_size: int) -> tuple:
-        """What the first segment carries in: a tuple of tensors, here none."""
+        """What the first segment carries in: a tuple of tensors (B, ...), here none."""
         return ()
 
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        """x (B, N, D), mask (N, N) or None, carry -> x (B, N, D), next carry. For past see Attention.forward."""
+    def forward(self, x: Tensor, layout: Layout, carry: tuple) -> tuple[Tensor, tuple]:
+        """Rows x (B, N, D) and this layer's carry -> rows of the same shape, the next carry."""
         h = self.norm_1(x)
-        return self.residual(x, h, h, mask, past), carry
-
-    def residual(self, x, h, context, mask, past=None, rows=slice(None)):
-        """Both sublayers, for some rows: attention of the normed rows h to the context, then the feed-forward layer."""
-        x = (x + self.dropout(self.attn(h, context, mask, past=past)))[:, rows]
-        return x + self.dropout(self.mlp(self.norm_2(x)))
+        x = x + self.dropout(self.attn(h, h, layout))
+        x = x + self.dropout(self.mlp(self.norm_2(x)))
+        return x, carry
 
 
-# ----------------------------------------------------------------------------------- 3. layers that carry, or do more
-# In: x, a mask and the layer's carry, as in Block.forward. Out: x and the next carry.
+class Transformer(nn.Module):
+    """The backbone: L layers. It does not know that some of its rows are memory.
 
-class CacheBlock(Block):
-    """Tokens also see this layer's inputs for the tokens before the segment, gradient stopped [TXL].
-
-    The carry is (cache,): the last C inputs of tokens (B, c, D), before norm and rotation, c growing from 0 to C.
+    Any module with `initial_carry(batch_size)` and `forward(x, layout, carry) -> (x, carry)` can
+    take its place.
     """
-    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
-        super().__init__(config, n_read, n_write, n_cache=config.cache_len)
+
+    def __init__(self, config: Config, block: type = Block):
+        super().__init__()
+        self.blocks = nn.ModuleList([block(config) for _ in range(config.n_layer)])
 
     def initial_carry(self, batch_size: int) -> tuple:
-        """An empty cache (B, 0, D)."""
-        return (self.norm_1.weight.new_zeros(batch_size, 0, len(self.norm_1.weight)),)
+        """One carry for every layer."""
+        return tuple(block.initial_carry(batch_size) for block in self.blocks)
 
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        (cache,), h = carry, self.norm_1(x)
-        if past:
-            return self.residual(x, h, h, mask, past), carry  # the cache is in the past already
-        context = torch.cat([h[:, :self.n_read], self.norm_1(cache), h[:, self.n_read:]], dim=1)
-        tokens = x[:, self.n_read:x.size(1) - self.n_write]
-        cache = torch.cat([cache, tokens], dim=1)[:, -self.n_cache:].detach().clone()  # a view would keep all rows
-        return self.residual(x, h, context, mask, past), (cache,)
+    def forward(self, x: Tensor, layout: Layout, carry: tuple) -> tuple[Tensor, tuple]:
+        """Rows x (B, N, D) -> rows (B, N, D), without a final norm, and the next carry."""
+        next_carry = []
+        for block, layer_carry in zip(self.blocks, carry, strict=True):
+            x, layer_carry = block(x, layout, layer_carry)
+            next_carry.append(layer_carry)
+        return x, tuple(next_carry)
 
-
-def dpfp(x: Tensor, nu: int) -> Tensor:
-    """Deterministic parameter-free projection, x (..., d) -> (..., 2 nu d), nowhere negative [ARMT]."""
-    r = torch.cat([x.relu(), (-x).relu()], dim=-1)
-    return torch.cat([r * r.roll(j, -1) for j in range(1, nu + 1)], dim=-1)
-
-
-class AssociativeBlock(Block):
-    """All rows h first read a matrix A of the layer's own; what comes out at the write rows m is written to it [ARMT].
-
-        read    h += A phi(W_q h) / (z . phi(W_q h) + eps)                        phi = dpfp, K channels
-        write   k = phi(W_k m)    v = W_v m    beta = sigmoid(W_b m + b)          of each write row
-                v_old = A k / (z . k + eps)                                       what A says so far
-                gamma = clip(1 - (z . k + eps) / (|k|^2 + eps), 0, 1)             how new k is; no gradient
-                A += sum of beta (v - v_old) k^T    z += sum of gamma k           over the write rows
-
-    That is update "armt". In "delta" phi has unit length and there is no z: h += A phi(W_q h), v_old = A k.
-    "hebbian" is delta with v_old = 0. The carry is (A, z) or (A,): A (B, D, K), z (B, K), float32 even under autocast.
-    """
-    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
-        super().__init__(config, n_read, n_write)
-        D, d, self.nu, self.update, self.eps = config.d_model, config.d_assoc, config.nu, config.update, 1e-5
-        self.w_q, self.w_k, self.w_v = (Linear(D, width, bias=False) for width in (d, d, D))
-        self.w_b = Linear(D, 1)
-
-    def initial_carry(self, batch_size: int) -> tuple:
-        """An empty memory: every read is zero."""
-        (d, D), weight = self.w_q.weight.shape, self.w_q.weight
-        A = weight.new_zeros(batch_size, D, 2 * self.nu * d, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return (A, torch.zeros_like(A[:, 0])) if self.update == "armt" else (A,)
-
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        x = x + self.recall(self.phi(self.w_q(x)), *carry).to(x.dtype)
-        x, _ = super().forward(x, mask, (), past)
-        return x, self.write(x[:, x.size(1) - self.n_write:], *carry) if past is None else carry
-
-    def phi(self, x):
-        """The features by which A is looked up, x (B, n, d_assoc) -> (B, n, K)."""
-        phi = dpfp(x.to(torch.promote_types(x.dtype, torch.float32)), self.nu)
-        return phi if self.update == "armt" else phi / (phi.norm(dim=-1, keepdim=True) + self.eps)
-
-    def recall(self, phi, A, z=None):
-        """What A says of phi (B, n, K): (B, n, D)."""
-        with torch.autocast(phi.device.type, enabled=False):
-            value = phi @ A.mT
-            return value if z is None else value / (phi @ z[..., None] + self.eps)
-
-    def write(self, m, A, z=None):
-        """The carry after the write rows m (B, M, D), all of which correct the same old A."""
-        k, v, beta = self.phi(self.w_k(m)), self.w_v(m).to(A.dtype), self.w_b(m).to(A.dtype).sigmoid()
-        new = v if self.update == "hebbian" else v - self.recall(k, A, z)
-        with torch.autocast(m.device.type, enabled=False):
-            A = torch.baddbmm(A, (beta * new).mT, k)
-            if z is None:
-                return (A,)
-            known, length = k @ z[..., None], k.square().sum(-1, keepdim=True)
-            gamma = (1 - (known + self.eps) / (length + self.eps)).clamp(0, 1).detach()
-            return A, z + (gamma * k).sum(dim=1)
-
-
-def update_memory(block: Block, x: Tensor, mask: Tensor | None, past: list | None) -> tuple[Tensor, Tensor]:
-    """Which of the rows x are memory rows, and these after the block; past as in Attention.forward."""
-    n_write = block.n_write * (past is None)  # a part of a segment has none yet
-    n_read = block.n_read * (not past)        # a later part has none: they are in the past
-    rows, h = torch.arange(-n_write, n_read, device=x.device) % x.size(1), block.norm_1(x)
-    return rows, block.residual(x, h, h, mask, rows=rows) if len(rows) else x[:, rows]
-
-
-class ControllerBlock(Block):
-    """Memory rows have attention and feed-forward weights of their own, with keys and values of all rows [MT]."""
-    def __init__(self, config: Config, n_read: int = 0, n_write: int = 0):
-        super().__init__(config, n_read, n_write)
-        self.controller = Block(config, n_read, n_write)
-
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        rows, memory = update_memory(self.controller, x, mask, past)
-        x, _ = super().forward(x, mask, (), past)
-        return x.index_copy(1, rows, memory), carry
-
-
-class BottleneckBlock(Block):
-    """Memory rows read the segment first; then tokens see these new rows, and of the others a window at most [MT].
-
-    What tokens see stands in the mask, see segment_mask. Both steps have the same weights.
-    """
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, past: list | None = None) -> tuple[Tensor, tuple]:
-        rows, memory = update_memory(self, x, mask, past)
-        x, _ = super().forward(x.index_copy(1, rows, memory), mask, (), past)
-        return x.index_copy(1, rows, memory), carry
-
-
-# --------------------------------------------------------------------------------------------------------- 4. the model
-# In: the tokens of one segment (B, T) and a state. Out: logits (B, T, V) and the next state.
 
 def segment_mask(n_read: int, n_cache: int, n_tokens: int, n_write: int, form: str = "paper",
                  window: int | None = None, device=None) -> Tensor:
-    """Who may look at whom in one segment [RMT] sec. 3: bool (N, C + N), True = may look. The form "paper":
+    """Who may look at whom in one segment: bool (N, C + N), True = may look [RMT] sec. 3.
 
-                     read   cache  tokens  write
+                     read   cache  tokens  write         the form "paper"
             read     x x    . .    . . .   . .       read rows see each other only
                      x x    . .    . . .   . .
-            tokens   x x    x x    x . .   . .       tokens are causal and see what was read and what is cached
-                     x x    x x    x x .   . .
+            tokens   x x    x x    x . .   . .       tokens are causal; they see what was read
+                     x x    x x    x x .   . .       and what is cached
                      x x    x x    x x x   . .
             write    x x    . .    x x x   x x       write rows see the segment and each other
                      x x    . .    x x x   x x
 
-    The form "causal" is the lower triangle in this order of columns; in the form "full" every row sees all. With a
-    window, of the tokens that its form shows it a token sees those at most so far away, and not itself (bottleneck).
+    The form "causal" is the lower triangle of this picture, in the form "full" every row sees all.
+    With a window (Part II), a token sees other tokens at most so far away, and not itself.
+    Raises ValueError for a form that there is not.
     """
+    if form not in ("paper", "causal", "full"):
+        raise ValueError(f"mask form {form!r} must be 'paper', 'causal' or 'full'")
     n = n_read + n_tokens + n_write
     now = torch.ones(n, n, dtype=torch.bool, device=device)
     cached = torch.ones(n, n_cache, dtype=torch.bool, device=device)
     if form != "full":
-        now.tril_()
+        now = now.tril()
         cached[:n_read] = False
     if form == "paper":
         now[:n_read, :n_read] = True
         now[n - n_write:] = True
         cached[n - n_write:] = False
     if window is not None:
-        near = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril(window).triu(-window)
-        now[n_read:n - n_write, n_read:n - n_write] &= near.fill_diagonal_(False)
+        near = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device)
+        near = near.tril(window).triu(-window)
+        near.fill_diagonal_(False)
+        now[n_read:n - n_write, n_read:n - n_write] &= near
     return torch.cat([now[:, :n_read], cached, now[:, n_read:]], dim=1)
 
 
-class Transformer(nn.Module):
-    """The backbone. Any module with `initial_carry(B)` and `backbone(x, mask, carry) -> (x, carry)` can replace it."""
-    def __init__(self, config: Config, block: type = Block, n_read: int = 0, n_write: int = 0):
-        super().__init__()
-        self.blocks = nn.ModuleList(block(config, n_read, n_write) for _ in range(config.n_layer))
-
-    def initial_carry(self, batch_size: int) -> tuple:
-        """One carry per layer."""
-        return tuple(block.initial_carry(batch_size) for block in self.blocks)
-
-    def forward(self, x: Tensor, mask: Tensor | None, carry: tuple, *past: list) -> tuple[Tensor, tuple]:
-        """x (B, N, D), mask (N, C + N) or None, carry, past per layer -> x (B, N, D) before the norm, next carry."""
-        carries = list(carry)
-        for i, block in enumerate(self.blocks):
-            x, carries[i] = block(x, mask, carry[i], *past[i:i + 1])
-        return x, tuple(carries)
-
-
 class Variant(NamedTuple):
-    """What makes a member of the family."""
-    read: bool       # memory tokens before the segment
-    write: bool      # memory tokens after the segment
-    recurrent: bool  # is the output at the write rows (without them: the read rows) the next segment's memory?
-    block: type      # a layer: what it carries, and whose weights memory rows have
-    mask: str        # its paper's, a form of segment_mask; where that is "paper", Config.memory_mask can change it
+    """A member of the family."""
+    read: bool             # are there memory tokens before the segment?
+    write: bool            # are there memory tokens after the segment?
+    recurrent: bool        # does their output become the memory of the next segment?
+    mask: str              # who looks at whom, a form of segment_mask
+    block: type = Block    # the layer
+    cache: bool = False    # Part II: do tokens also see cached positions of earlier segments?
+    window: bool = False   # Part II: do tokens see each other through a window only?
 
-VARIANTS = {             #            read   write  recurrent  block       mask      floats that cross a boundary
-    "transformer":            Variant(False, False, False, Block,            "causal"),  # 0
-    "transformer_xl":         Variant(False, False, False, CacheBlock,       "causal"),  # L C D        [TXL]
-    "rmt":                    Variant(True,  True,  True,  Block,            "paper"),   # M D          [RMT] sec. 3
-    "rmt_xl":                 Variant(True,  True,  True,  CacheBlock,       "paper"),   # M D + L C D  [RMT] sec. 3
-    "rmt_encoder":            Variant(True,  False, True,  Block,            "full"),    # M D          [RMT-1M]
-    "armt":                   Variant(False, True,  False, AssociativeBlock, "causal"),  # L K D  + L K for z  [ARMT]
-    "mem_transformer":        Variant(True,  False, False, Block,            "paper"),   # 0            [MT], a decoder
-    "mem_controller":         Variant(True,  True,  True,  ControllerBlock,  "paper"),   # M D          [MT], handed on
-    "mem_bottleneck":         Variant(True,  True,  True,  BottleneckBlock,  "paper"),   # M D          [MT], handed on
-    "mem_controller_encoder": Variant(True,  False, True,  ControllerBlock,  "full"),    # M D          [MT], handed on
-    "mem_bottleneck_encoder": Variant(True,  False, True,  BottleneckBlock,  "full"),    # M D          [MT], handed on
+
+# Recurrent memory is read from the output of the write rows; without them, of the read rows.
+VARIANTS = {
+    #                          read   write  recurrent  mask
+    "transformer":     Variant(False, False, False,     "causal"),  # no memory
+    "mem_transformer": Variant(True,  False, False,     "paper"),   # [MT], as a decoder
+    "rmt":             Variant(True,  True,  True,      "paper"),   # [RMT] sec. 3
+    "rmt_causal":      Variant(True,  True,  True,      "causal"),  # the authors' later code
+    "rmt_encoder":     Variant(True,  False, True,      "full"),    # [RMT-1M]
 }
 
 
 class RMT(nn.Module):
-    """Memory tokens around a backbone that does not know they are there, one segment at a time.
+    """Memory tokens around a backbone that does not know they are there. It runs one segment.
 
-    Parts of yours keep their weights: a backbone (see Transformer), for variants whose layers are plain; embed, tokens
-    (B, n) -> rows (B, n, D); head, rows as the backbone leaves them, without a norm of ours -> logits (B, n, V).
-    Raises ValueError where config does not fit its variant, or a part of yours the config.
+    backbone  a module of yours in place of Transformer, for variants of plain layers
+    embed     a module of yours, tokens (B, T) -> rows (B, T, D)
+    head      a module of yours, rows (B, T, D) as the backbone leaves them -> logits (B, T, V)
+    Parts of yours keep their weights; ours go to their device and dtype.
+    Raises ValueError where the config does not fit its variant or the parts.
     """
-    def __init__(self, config: Config, backbone: nn.Module | None = None, embed=None, head=None):
+
+    def __init__(self, config: Config, backbone: nn.Module | None = None,
+                 embed: nn.Module | None = None, head: nn.Module | None = None):
         super().__init__()
-        require(config.variant in VARIANTS, f"variant={config.variant!r} must be one of {', '.join(VARIANTS)}")
-        self.config, self.variant, D, V = config, VARIANTS[config.variant], config.d_model, config.vocab_size
-        block, missing = self.variant.block, f"=0 must be at least 1 for {config.variant!r}"
-        require(config.n_mem > 0 or not (self.variant.read or self.variant.write), "n_mem" + missing)
-        require(config.cache_len > 0 or not issubclass(block, CacheBlock), "cache_len" + missing)
-        require(backbone is None or block is Block, f"{config.variant!r} has layers of its own: a backbone fits 'rmt'")
-        require(not config.tie_weights or (embed, head) == (None, None), "tie_weights=True ties our parts: tie yours")
-        self.n_read, self.n_write = config.n_mem * self.variant.read, config.n_mem * self.variant.write
-        self.n_cache = config.cache_len if issubclass(block, CacheBlock) else 0
-        self.window = config.window if issubclass(block, BottleneckBlock) else None
-        self.mask_form = config.memory_mask if self.variant.mask == "paper" else self.variant.mask
-        parts = {"backbone.": backbone, "embed.": embed, "head.": head}
-        yours = {name: part for name, part in parts.items() if part is not None}
-        where = next(({"device": p.device, "dtype": p.dtype} for part in yours.values() for p in part.parameters()), {})
+        validate_model(config, backbone, embed, head)
+        D, V = config.d_model, config.vocab_size
+        self.config = config
+        self.variant = VARIANTS[config.variant]
+        self.n_read = config.n_mem if self.variant.read else 0
+        self.n_write = config.n_mem if self.variant.write else 0
+        self.n_cache = config.cache_len if self.variant.cache else 0
+        n_embedding = self.n_write if config.write_slot != "memory" else 0
+
+        # The modules. Yours are those that came as arguments.
+        yours = {"backbone": backbone, "embed": embed, "head": head}
+        where = place_of(yours.values())
         self.embed = nn.Embedding(V, D, **where) if embed is None else embed
         self.memory = nn.Parameter(torch.empty(max(self.n_read, self.n_write), D, **where))
-        self.write_embedding = nn.Parameter(torch.empty(self.n_write * (config.write_slot != "memory"), D, **where))
-        self.backbone = (Transformer(config, block, self.n_read, self.n_write).to(**where) if backbone is None
-                         else backbone)
+        self.write_embedding = nn.Parameter(torch.empty(n_embedding, D, **where))
+        if backbone is None:
+            backbone = Transformer(config, self.variant.block).to(**where)
+        self.backbone = backbone
         self.norm = nn.LayerNorm(D, bias=False, **where) if head is None else nn.Identity()
         self.head = nn.Linear(D, V, bias=False, **where) if head is None else head
         self.dropout = nn.Dropout(config.dropout)
         if config.tie_weights:
             self.head.weight = self.embed.weight
-        self.init_weights(keep=tuple(yours))
-        if yours:
-            try_out(self)
-        self.state_shapes = self.lasting_shapes(self.initial_state(1))
+
+        n_positions = self.n_read + self.n_cache + config.segment_len + self.n_write
+        table = rotary_table(n_positions, D // config.n_head).to(**where)
+        self.register_buffer("rotary_table", table, persistent=False)
+        full_mask = self.mask(config.segment_len, self.n_cache)
+        self.register_buffer("full_mask", full_mask, persistent=False)
+        self.init_weights(keep=tuple(f"{name}." for name in yours if yours[name] is not None))
+        self.state_form = state_form(self.initial_state(1))
 
     @torch.no_grad()
     def init_weights(self, keep: tuple = ()):
-        """Draw all matrices but those whose names begin with one of keep; norms start at 1, biases as PyTorch's."""
-        matrices = [(name, p) for name, p in self.named_parameters() if p.dim() == 2 and not name.startswith(keep)]
-        for name, weight in matrices:
-            std, depth = 0.7 / math.sqrt(weight.size(1)), math.sqrt(2 * self.config.n_layer)  # GPT-2's 0.02 is slow
-            table = {"memory": 0.02, "write_embedding": 0.02,                      # independent: the rows must differ
-                     "embed.weight": std if self.config.tie_weights else 0.5,
-                     "attn.out.weight": std / depth, "mlp.2.weight": std / depth,  # they end residual branches
-                     "w_v.weight": 0.0}                                            # [ARMT]: untrained, a plain layer
-            weight.normal_(std=next((size for end, size in table.items() if name.endswith(end)), std))
-            if name.endswith("w_k.weight"):  # departure: a row looks for what it would be written under
-                weight.copy_(self.get_parameter(name.replace("w_k", "w_q")))
+        """Draw all matrices but those whose names begin with one of keep. Norms start at 1."""
+        for name, weight in self.named_parameters():
+            if weight.dim() != 2 or name.startswith(keep):
+                continue
+            # Models this small learn far faster from this than from GPT-2's 0.02 everywhere.
+            std = 0.7 / math.sqrt(weight.size(1))
+            if name.endswith(("attn.out.weight", "mlp.2.weight")):
+                std = std / math.sqrt(2 * self.config.n_layer)  # they end the residual branches
+            if name == "embed.weight" and not self.config.tie_weights:
+                std = 0.5
+            if name in ("memory", "write_embedding"):
+                std = 0.02  # drawn one by one, because the memory rows must differ
+            weight.normal_(std=std)
+        for name, module in self.named_modules():
+            if isinstance(module, Block) and not name.startswith(keep):
+                module.init_weights()
 
     def initial_state(self, batch_size: int) -> State:
-        """The learned memory (B, M, D), the same for every sequence, and an empty carry."""
-        memory = self.memory[:len(self.memory) * self.variant.recurrent]
-        return State(memory.expand(batch_size, -1, -1), self.backbone.initial_carry(batch_size))
+        """The learned memory, the same for every sequence, and the backbone's initial carry."""
+        memory = self.memory
+        if not self.variant.recurrent:
+            memory = memory[:0]
+        memory = memory.expand(batch_size, -1, -1).clone()
+        return State(memory, self.backbone.initial_carry(batch_size))
 
-    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """One segment: tokens (B, T or fewer), state -> logits (B, T, V), next state. Raises what check raises."""
-        check(self, tokens, state)
-        mask = self.mask(tokens.size(1), self.cached(state))
-        x, carry = self.backbone(self.wrap(tokens, state.memory), mask, state.carry)
-        logits, memory = self.unwrap(x, state.memory)
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Run one segment.
+
+        tokens (B, T or fewer), state (default: the initial one) -> logits (B, T, V), next state.
+        Raises TypeError or ValueError for tokens or a state that do not fit.
+        """
+        if state is None:
+            state = self.initial_state(len(tokens))
+        validate_segment(self, tokens, state)
+        layout = self.layout(tokens.size(1), self.cached(state))
+        rows = self.wrap(tokens, state.memory)                                  # (B, N, D)
+        x, carry = self.backbone(rows, layout, self.drop_carry(state.carry))    # (B, N, D)
+        if x.shape != rows.shape:
+            raise ValueError(f"the backbone makes {tuple(x.shape)} of rows {tuple(rows.shape)}: "
+                             "it must keep their shape")
+
+        read, hidden, write = layout.split(x)
+        logits = self.head(self.norm(hidden))                                   # (B, T, V)
+        memory = state.memory
+        if self.variant.recurrent:
+            memory = self.next_memory(write if self.variant.write else read)    # (B, M, D)
         return logits, State(memory, carry)
 
-    def wrap(self, tokens, memory):
-        """tokens (B, T), memory (B, M, D) -> x (B, N, D) = [read | tokens | write]."""
-        x = self.dropout(self.embed(tokens.long()))
-        memory = memory if self.variant.recurrent else self.memory.expand(len(tokens), -1, -1)
+    def wrap(self, tokens: Tensor, memory: Tensor) -> Tensor:
+        """tokens (B, T), memory (B, M, D) -> the rows [read | tokens | write] (B, N, D)."""
+        if not self.variant.recurrent:
+            memory = self.memory.expand(len(tokens), -1, -1)  # the same in every segment
+        read = memory[:, :self.n_read]
         write = memory[:, :self.n_write]
-        if self.n_write and self.config.write_slot != "memory":  # departure: [RMT] feeds the incoming memory alone
-            write = self.write_embedding + (write if self.config.write_slot == "both" else torch.zeros_like(write))
-        return torch.cat([memory[:, :self.n_read], x, write], dim=1)
+        # Departure: [RMT] feeds the incoming memory alone to the write rows.
+        if self.config.write_slot == "embedding":
+            write = self.write_embedding.expand_as(write)
+        elif self.config.write_slot == "both":
+            write = write + self.write_embedding
+        x = self.dropout(self.embed(tokens.long()))
+        return torch.cat([read, x, write], dim=1)
 
-    def unwrap(self, x, memory):
-        """x (B, N, D) -> logits (B, T, V), next memory (B, M, D)."""
-        read, tokens, write = x.split([self.n_read, x.size(1) - self.n_read - self.n_write, self.n_write], dim=1)
-        memory = self.hand_on(write if self.n_write else read) if self.variant.recurrent else memory
-        return self.head(self.norm(tokens)), memory
-
-    def hand_on(self, written):
-        """What the next segment gets of the written rows (B, M, D)."""
-        raw = self.config.memory_form == "raw"  # departure: unbounded, what is new drowns in an endless stream
-        memory = (written if raw else self.norm(written)).clone()  # a view would keep all rows of its segment alive
-        if self.training and self.config.memory_noise:  # departure: the network learns to restore what it keeps
-            size = self.config.memory_noise * torch.rand_like(memory[:, :1, :1])  # one size per sequence
-            memory = memory + size * torch.randn_like(memory) * memory.detach().square().mean(-1, keepdim=True).sqrt()
+    def next_memory(self, written: Tensor) -> Tensor:
+        """The written rows (B, M, D), as the backbone leaves them -> the next segment's memory."""
+        if self.config.memory_form == "norm":
+            written = self.norm(written)
+        memory = written.clone()  # a view would keep all rows of its segment alive
+        if self.training and self.config.memory_noise > 0:
+            # Departure: the network learns to restore what it keeps. One size for each sequence.
+            size = self.config.memory_noise * torch.rand_like(memory[:, :1, :1])
+            rms = memory.detach().square().mean(dim=-1, keepdim=True).sqrt()
+            memory = memory + size * rms * torch.randn_like(memory)
         return memory
 
-    def cached(self, state):
-        """How many positions the caches of a state hold."""
-        return state.carry[0][0].size(1) if self.n_cache else 0
+    def layout(self, n_tokens: int, n_cache: int = 0) -> Layout:
+        """The layout of a segment of n_tokens, after n_cache cached positions.
 
-    def mask(self, n_tokens, n_cache):
-        """The segment's mask, or None where it is plain causal, which fast GPU kernels know."""
-        sizes = self.n_read, n_cache, n_tokens, self.n_write
-        plain = n_cache == 0 and self.mask_form == "causal" and self.window is None
-        return None if plain else segment_mask(*sizes, self.mask_form, self.window, self.memory.device)
+        Positions count along a full cache: the tokens always stand at one distance from the read
+        memory, and cached positions right before the tokens that followed them.
+        """
+        mask = self.full_mask
+        if (n_tokens, n_cache) != (self.config.segment_len, self.n_cache):
+            mask = self.mask(n_tokens, n_cache)
+        table = self.rotary_table
+        table = torch.view_as_complex(table.to(torch.promote_types(table.dtype, torch.float32)))
+        first = self.n_read + self.n_cache  # the position of the first token
+        end = first + n_tokens + self.n_write
+        return Layout(
+            n_read=self.n_read,
+            n_cache=n_cache,
+            n_tokens=n_tokens,
+            n_write=self.n_write,
+            mask=mask,
+            causal=self.variant.mask == "causal" and n_cache == 0 and not self.variant.window,
+            row_rotation=torch.cat([table[:self.n_read], table[first:end]]),
+            column_rotation=torch.cat([table[:self.n_read], table[first - n_cache:end]]),
+        )
 
-    def lasting_shapes(self, state):
-        """What of a state's shapes is always the same: all but B and the length of a cache."""
-        kept = map_tensors(lambda t: (t.dim(), *t.shape[2 if self.n_cache else 1:]), state)
-        return kept, getattr(state.memory, "shape", ())[1:]
+    def mask(self, n_tokens: int, n_cache: int = 0) -> Tensor:
+        """Who may look at whom in a segment of n_tokens: bool (N, C + N), see segment_mask."""
+        window = self.config.window if self.variant.window else None
+        return segment_mask(self.n_read, n_cache, n_tokens, self.n_write, self.variant.mask,
+                            window, self.memory.device)
 
+    def cached(self, state: State) -> int:
+        """How many positions the caches of a state hold (Part II)."""
+        if self.n_cache == 0:
+            return 0
+        return state.carry[0][0].size(1)
 
-@torch.random.fork_rng(devices=[])  # the CPU's random numbers, for dropout, are given back
-@torch.no_grad()
-def try_out(model):
-    """Send 2 sequences through parts of yours. Raises ValueError or TypeError, with shapes, where one does not fit."""
-    def run(part, width, given, *rest):
-        shape, needed = tuple(given.shape), (*given.shape[:2], width)
-        try:
-            made = getattr(model, part)(given, *rest)
-            rows, carry = made if rest else (made, ())
-            found = tuple(rows.shape)
-        except Exception as reason:
-            raise ValueError(f"{part} fails on {shape}, vocab_size={V}: {' '.join(str(reason).split())}") from reason
-        require(found == needed, f"{part} makes {found} of {shape} and must make {needed}")
-        return rows, carry
+    def state_floats(self) -> int:
+        """How many floats of each sequence cross a boundary, once the caches are full."""
+        floats = sum(leaf.numel() for leaf in tree_leaves(self.initial_state(1)))
+        return floats + self.config.n_layer * self.n_cache * self.config.d_model
 
-    require(hasattr(model.backbone, "initial_carry"), "a backbone needs initial_carry(B) and forward(x, mask, carry), "
-            f"see Transformer: put your {type(model.backbone).__name__} into a module that has them", TypeError)
-    D, T, V, state = model.config.d_model, model.config.segment_len, model.config.vocab_size, model.initial_state(2)
-    tokens = torch.full((2, T), V - 1, device=model.memory.device)
-    run("embed", D, tokens)
-    rows, carry = run("backbone", D, model.wrap(tokens, state.memory), model.mask(T, 0), state.carry)
-    run("head", V, rows)
-    old, new = (map_tensors(lambda t: tuple(t.shape), some) for some in (state.carry, carry))
-    fits = isinstance(old, tuple) and old == new and all(t.shape[:1] == (2,) for t in tensors(carry))
-    require(fits or model.n_cache > 0, f"backbone takes a carry {old} and returns {new}: for 2 sequences both must be "
-            "tuples of tensors (2, ...), alike")
+    def drop_carry(self, carry: tuple) -> tuple:
+        """In training, some sequences lose their carry, so that they must use memory (Part II)."""
+        rate = self.config.carry_dropout
+        if not (self.training and self.variant.recurrent and rate > 0 and tree_leaves(carry)):
+            return carry
+        batch_size = len(tree_leaves(carry)[0])
+        kept = torch.rand(batch_size, device=self.memory.device) >= rate
 
-
-def check(model, tokens, state=None):
-    """Raise TypeError or ValueError unless tokens (B, length) fit the model and, with a state, both fit one segment."""
-    config, kind = model.config, tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-    require(kind in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-            f"tokens are {kind} and must be a tensor of integers, for example torch.tensor([[1, 2, 3]])", TypeError)
-    require(tokens.dim() == 2 and tokens.numel() > 0,
-            f"tokens have shape {tuple(tokens.shape)} and must be (batch, length), neither of them 0")
-    if (state is None or tokens.is_cpu) and not torch.compiler.is_compiling():  # a GPU would wait in every segment
-        low, high, V = tokens.min().item(), tokens.max().item(), config.vocab_size
-        require(0 <= low and high < V, f"tokens reach from {low} to {high}; vocab_size={V} needs 0 .. {V - 1}")
-    if state is not None:
-        B, T = tokens.shape
-        require(T <= config.segment_len, f"a segment of {T} tokens is longer than segment_len={config.segment_len}: "
-                "give long sequences to unroll(model, tokens)")
-        require(isinstance(state, State), f"state is a {type(state).__name__} and must be a State: start from "
-                "model.initial_state(batch_size), or wrap what you loaded, State(*loaded)", TypeError)
-        fits = model.lasting_shapes(state) == model.state_shapes and all(len(t) == B for t in tensors(state))
-        cached = {t.size(1) for t in tensors(state.carry)} if fits and model.n_cache else {0}
-        fits = fits and len(cached) == 1 and max(cached) <= model.n_cache
-        shapes = "" if fits else tuple(map_tensors(lambda t: tuple(t.shape), state))
-        require(fits, f"a state of shapes {shapes} does not fit {config.variant!r} with {B} sequences: start from "
-                f"model.initial_state({B})")
+        def drop(t):
+            return t * kept.view(-1, *[1] * (t.dim() - 1))
+        return tree_map(drop, carry)
 
 
-# -------------------------------------------------------------------------------------------------- 5. the segment loop
-# In: tokens (B, any length) and a state. Out: logits or new tokens, and the state after the last segment.
+def place_of(modules) -> dict:
+    """Device and dtype of the first parameter of some modules, of which some are None."""
+    for module in modules:
+        if module is not None:
+            for weight in module.parameters():
+                return {"device": weight.device, "dtype": weight.dtype}
+    return {}
 
-def unroll(model, tokens: Tensor, state: State | None = None, bptt_depth: int | None = None, checkpoint: bool = False,
-           last_only: bool = False) -> tuple[Tensor, State]:
-    """Run a model over tokens (B, length), segment by segment -> logits (B, length, V), state after the last one.
 
-    state       where to start, default model.initial_state(B). To train on a stream in pieces, pass the returned state
-                on detached, or gradient crosses into the piece before.
-    bptt_depth  boundaries that gradient may cross: None all, 0 none. Cuts are counted from the end: the last segment's
-                loss reaches back exactly bptt_depth segments, any other loss at most that; BPTT-k in [RMT].
-    checkpoint  keep only the states and recompute each segment's activations in the backward pass.
-    last_only   the logits of the last segment only: without gradient, a million tokens take the memory of one segment.
+def unroll(model: RMT, tokens: Tensor, state: State | None = None, bptt_depth: int | None = None,
+           checkpoint: bool = False, last_only: bool = False) -> tuple[Tensor, State]:
+    """The loop over segments: tokens (B, length) -> logits (B, length, V), the state at the end.
 
-    "Depth k" has two other meanings in released code. Gradient in the last k segments only: unroll the others under
-    torch.no_grad, then those k. Every loss back through k segments: keep the detached state before each segment in a
-    list (the initial one as it is); for each s, unroll segments s - k .. s from states[s - k] with last_only, backward.
-    Raises ValueError or TypeError for tokens, a state or a depth that do not fit.
+    state       where to start; default: the initial state. To train on a stream in pieces, hand the
+                returned state on with state.detach().
+    bptt_depth  how many segment boundaries gradient may cross: None all of them, 0 none. Cuts are
+                counted from the end, so the loss of the last segment reaches back exactly
+                bptt_depth segments, and that of any other segment at most so many.
+    checkpoint  keep only the states, and compute each segment again in the backward pass.
+    last_only   return the logits of the last segment only. Without gradient, a million tokens then
+                take the memory of one segment.
+
+    Released code knows two other depths. Gradient in the last k segments only: unroll the others
+    under torch.no_grad(), then those k. Every loss back through k segments: keep a list of detached
+    states; for each segment s, unroll segments s - k .. s from the state before them, last_only.
+    Raises TypeError or ValueError for tokens, a state or a depth that do not fit.
     """
-    check(model, tokens)
+    validate_tokens(model, tokens)
+    validate_depth(bptt_depth)
+    if state is None:
+        state = model.initial_state(len(tokens))
+    T = model.config.segment_len
+    n_segments = math.ceil(tokens.size(1) / T)
+
     outputs = deque(maxlen=1 if last_only else None)
-    state = model.initial_state(len(tokens)) if state is None else state
-    segments = tokens.split(model.config.segment_len, dim=1)
-    for segment, cut in zip(segments, cuts(len(segments), bptt_depth), strict=True):
-        state = state.detach() if cut else state
-        logits, state = recompute(model, segment, state, use_reentrant=False) if checkpoint else model(segment, state)
+    for s in range(n_segments):
+        segment = tokens[:, s * T:(s + 1) * T]
+        if gradient_stops(s, n_segments, bptt_depth):
+            state = state.detach()
+        if checkpoint:
+            logits, state = recompute(model, segment, state, use_reentrant=False)
+        else:
+            logits, state = model(segment, state)
         outputs.append(logits)
-    return torch.cat(tuple(outputs), dim=1), state
+    return torch.cat(list(outputs), dim=1), state
 
 
-def cuts(n_segments, bptt_depth):
-    """Before which segments gradient stops: never before the first, or the learned initial memory would not learn."""
-    require(bptt_depth is None or (type(bptt_depth) is int and bptt_depth >= 0),
-            f"bptt_depth={bptt_depth!r} must be None (gradient crosses all boundaries) or an integer of at least 0")
-    return [bptt_depth is not None and s > 0 and (n_segments - s) % (bptt_depth + 1) == 0 for s in range(n_segments)]
+def gradient_stops(s: int, n_segments: int, bptt_depth: int | None) -> bool:
+    """Whether truncated BPTT cuts the boundary before segment s, for example at depth 1:
+
+        segments      0  1 | 2  3 | 4  5        n_segments 6
+        segments      0 | 1  2 | 3  4           n_segments 5
+    """
+    if bptt_depth is None or s == 0:  # never before the first: the initial memory must learn
+        return False
+    return (n_segments - s) % (bptt_depth + 1) == 0
 
 
-def unroll_diagonal(model, tokens: Tensor, state: State | None = None, bptt_depth: int | None = None,
-                    checkpoint: bool = False, last_only: bool = False) -> tuple[Tensor, State]:
-    """`unroll` in S + L - 1 steps instead of S L, the same but for rounding and the random numbers of dropout [DB].
+# Checks. What a reader of the file gets wrong is refused here, in one line with value, rule and fix.
 
-    Segment s in layer l needs the rows of (s, l - 1) and the carry of (s - 1, l), no more. So all of one s + l run at
-    once, side by side in the batch axis, through one layer that has the stacked weights of all of them:
+
+def validate_model(config: Config, backbone, embed, head):
+    """Raise ValueError where a config does not fit its variant, or the parts that come with it."""
+    if config.variant not in VARIANTS:
+        raise ValueError(f"variant={config.variant!r} must be one of {', '.join(VARIANTS)}")
+    variant = VARIANTS[config.variant]
+    if (variant.read or variant.write) and config.n_mem == 0:
+        raise ValueError(f"n_mem=0 must be at least 1 for {config.variant!r}")
+    if variant.cache and config.cache_len == 0:
+        raise ValueError(f"cache_len=0 must be at least 1 for {config.variant!r}")
+    if backbone is not None and variant.block is not Block:
+        raise ValueError(f"{config.variant!r} has layers of its own: give a backbone to 'rmt'")
+    if config.tie_weights and not (embed is None and head is None):
+        raise ValueError("tie_weights=True ties our embedding and head: tie your own yourself")
+
+
+def validate_tokens(model: RMT, tokens: Tensor, look: bool = True):
+    """Raise TypeError or ValueError unless tokens are integers (B, length), 0 .. V - 1 if we look."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens are {kind} and must be integers, as in torch.tensor([[1, 2, 3]])")
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)} and must be (batch, length), "
+                         "neither of them 0")
+    if look and not torch.compiler.is_compiling():
+        low, high = (bound.item() for bound in tokens.aminmax())
+        V = model.config.vocab_size
+        if low < 0 or high >= V:
+            raise ValueError(f"tokens reach from {low} to {high}; vocab_size={V} allows 0 .. {V - 1}")
+
+
+def validate_depth(bptt_depth: int | None):
+    """Raise ValueError unless bptt_depth is None or an integer of at least 0."""
+    if bptt_depth is not None and (type(bptt_depth) is not int or bptt_depth < 0):
+        raise ValueError(f"bptt_depth={bptt_depth!r} must be None (gradient crosses all boundaries) "
+                         "or an integer of at least 0")
+
+
+def validate_segment(model: RMT, tokens: Tensor, state: State):
+    """Raise TypeError or ValueError unless tokens are one segment and the state fits them."""
+    validate_tokens(model, tokens, look=tokens.is_cpu)  # a GPU would have to wait for the answer
+    B, length = tokens.shape
+    T = model.config.segment_len
+    if length > T:
+        raise ValueError(f"a segment of {length} tokens is longer than segment_len={T}: give long "
+                         "sequences to unroll(model, tokens)")
+    if not isinstance(state, State):
+        raise TypeError(f"state is a {type(state).__name__} and must be a State: start from "
+                        "model.initial_state(batch_size), or wrap what you loaded in State(*loaded)")
+    leaves = tree_leaves(state)
+    fits = state_form(state) == model.state_form and all(len(leaf) == B for leaf in leaves)
+    if not fits or model.cached(state) > model.n_cache:
+        shapes = [tuple(leaf.shape) for leaf in leaves]
+        raise ValueError(f"a state of shapes {shapes} does not fit {model.config.variant!r} with "
+                         f"{B} sequences: start from model.initial_state({B})")
+    dtype = model.memory.dtype
+    if state.memory.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type):
+        raise ValueError(f"the state is {state.memory.dtype} and the model {dtype}: convert it with "
+                         f"tree_map(lambda t: t.to({dtype}), state)")
+
+
+def state_form(state: State) -> list:
+    """What all states of a model share: the shape of memory, the last axis of what is carried."""
+    carried = tree_leaves(state.carry)
+    return [state.memory.shape[1:]] + [leaf.shape[1:][-1:] for leaf in carried]
+
+
+# ==================================================================================================
+# Part II. The family: a mechanism is a layer, and a row of the table
+# ==================================================================================================
+
+# Transformer-XL caches the inputs of every layer [TXL] sec. 3.2:
+#
+#     h~ = [SG(cache) ; h]      SG: no gradient        q = W_q h      k, v = W_k h~, W_v h~
+#
+# What crosses a boundary: L C D floats; in rmt_xl also the M D of memory [RMT] sec. 3.
+
+
+class CacheBlock(Block):
+    """Tokens also see this layer's inputs for the C tokens before the segment, without gradient.
+
+    The carry is (cache,): inputs of tokens (B, c, D), before norm and rotation; c grows from 0 to C.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.cache_len = config.cache_len
+
+    def initial_carry(self, batch_size: int) -> tuple:
+        """An empty cache (B, 0, D)."""
+        weight = self.norm_1.weight
+        return (weight.new_zeros(batch_size, 0, len(weight)),)
+
+    def forward(self, x: Tensor, layout: Layout, carry: tuple) -> tuple[Tensor, tuple]:
+        (cache,) = carry
+        h = self.norm_1(x)
+        context = h
+        if layout.n_cache > 0:
+            read, tokens, write = layout.split(h)
+            context = torch.cat([read, self.norm_1(cache), tokens, write], dim=1)
+
+        _, tokens, _ = layout.split(x)
+        cache = torch.cat([cache, tokens], dim=1)[:, -self.cache_len:]
+        cache = cache.detach().clone()  # a view would keep all rows of its segment alive
+
+        x = x + self.dropout(self.attn(h, context, layout))
+        x = x + self.dropout(self.mlp(self.norm_2(x)))
+        return x, (cache,)
+
+
+VARIANTS["transformer_xl"] = Variant(
+    read=False, write=False, recurrent=False, mask="causal", block=CacheBlock, cache=True)
+VARIANTS["rmt_xl"] = Variant(
+    read=True, write=True, recurrent=True, mask="paper", block=CacheBlock, cache=True)
+
+
+# The Memory Transformer has two more forms [MT] sec. 3. In both a layer first updates its memory
+# rows, and then the rows of the tokens:
+#
+#     controller    memory = layer'([memory ; tokens])     layer' has weights of its own
+#                   tokens = layer([memory ; tokens])
+#     bottleneck    memory = layer([memory ; tokens])
+#                   tokens = layer([memory ; tokens near this one]), where memory is new already
+#
+# Departure: the paper has one segment; here memory is handed on, M D floats, as in rmt (a decoder)
+# or in rmt_encoder. The window of the bottleneck is ours: in the paper tokens see memory only.
+
+
+def memory_rows(layout: Layout) -> Tensor:
+    """The numbers of the rows that are memory: the first n_read and the last n_write of them."""
+    first_write = layout.n_read + layout.n_tokens
+    read = torch.arange(layout.n_read)
+    write = torch.arange(first_write, first_write + layout.n_write)
+    return torch.cat([read, write]).to(layout.mask.device)
+
+
+def update_memory(block: Block, x: Tensor, layout: Layout, rows: Tensor) -> Tensor:
+    """The memory rows (B, 2 M or M, D) as they leave the block, after looking at all rows x."""
+    narrow = layout._replace(
+        mask=layout.mask[rows],
+        causal=False,
+        row_rotation=layout.row_rotation[rows],
+        kv_cache=None,
+    )
+    h = block.norm_1(x)
+    memory = x[:, rows] + block.dropout(block.attn(h[:, rows], h, narrow))
+    return memory + block.dropout(block.mlp(block.norm_2(memory)))
+
+
+class ControllerBlock(Block):
+    """Memory rows have attention and feed-forward weights of their own: the memory controller."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.controller = Block(config)
+
+    def forward(self, x: Tensor, layout: Layout, carry: tuple) -> tuple[Tensor, tuple]:
+        rows = memory_rows(layout)
+        if len(rows) == 0:  # Part III: the later rows of a segment, one by one
+            return super().forward(x, layout, carry)
+        memory = update_memory(self.controller, x, layout, rows)
+        x, carry = super().forward(x, layout, carry)
+        return x.index_copy(1, rows, memory), carry
+
+
+class BottleneckBlock(Block):
+    """Tokens see the segment through memory, which has read it just before.
+
+    That tokens do not see each other, or through a window only, is the work of the mask. Both steps
+    have the same weights.
+    """
+
+    def forward(self, x: Tensor, layout: Layout, carry: tuple) -> tuple[Tensor, tuple]:
+        rows = memory_rows(layout)
+        if len(rows) == 0:
+            return super().forward(x, layout, carry)
+        memory = update_memory(self, x, layout, rows)
+        x, carry = super().forward(x.index_copy(1, rows, memory), layout, carry)
+        return x.index_copy(1, rows, memory), carry
+
+
+VARIANTS["mem_controller"] = Variant(
+    read=True, write=True, recurrent=True, mask="paper", block=ControllerBlock)
+VARIANTS["mem_controller_encoder"] = Variant(
+    read=True, write=False, recurrent=True, mask="full", block=ControllerBlock)
+VARIANTS["mem_bottleneck"] = Variant(
+    read=True, write=True, recurrent=True, mask="paper", block=BottleneckBlock, window=True)
+VARIANTS["mem_bottleneck_encoder"] = Variant(
+    read=True, write=False, recurrent=True, mask="full", block=BottleneckBlock, window=True)
+
+
+# The Associative Recurrent Memory Transformer: a matrix A in every layer, which all rows read and
+# the write rows m rewrite after the layer [ARMT] sec. 3. phi makes K features, and unit length.
+#
+#     read     h += A phi(W_q h)
+#     write    k = phi(W_k m)    v = W_v m    beta = sigmoid(W_b m + b)       for each write row
+#              A += sum of beta (v - A k) k^T                                 over the write rows
+#
+# That is update "delta". The published one, "armt", does not scale phi and keeps a normaliser z:
+#
+#     read     h += A phi(W_q h) / (z . phi(W_q h) + eps)       likewise A k / (z . k + eps) for A k
+#     write    gamma = clip(1 - (z . k + eps) / (|k|^2 + eps), 0, 1)          how new is the key?
+#              z += sum of gamma k                                            no gradient in gamma
+#
+# "hebbian" is delta without the correction: A += sum of beta v k^T.
+# What crosses a boundary: L D K floats, for "armt" also the L K of z.
+
+
+def feature_map(x: Tensor, nu: int) -> Tensor:
+    """DPFP, a deterministic parameter-free projection [ARMT]: x (..., d) -> (..., 2 nu d).
+
+    With r = [relu(x) ; relu(-x)], the features are the products r_i r_{i - j} for j = 1 .. nu.
+    """
+    r = torch.cat([x.relu(), (-x).relu()], dim=-1)
+    products = [r * r.roll(shift, dims=-1) for shift in range(1, nu + 1)]
+    return torch.cat(products, dim=-1)
+
+
+class AssociativeBlock(Block):
+    """Every row reads a matrix before the layer; the write rows rewrite it after the layer [ARMT].
+
+    The carry is (A, z): A (B, D, K), z (B, K), or (B, 0) but for update "armt". Both are float32 or
+    wider, under autocast too.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        D = config.d_model
+        self.nu = config.nu
+        self.update = config.update
+        self.eps = 1e-5
+        self.w_q = nn.Linear(D, config.d_assoc, bias=False)
+        self.w_k = nn.Linear(D, config.d_assoc, bias=False)
+        self.w_v = nn.Linear(D, D, bias=False)
+        self.w_b = nn.Linear(D, 1)
+
+    def init_weights(self):
+        """Untrained, the memory says nothing. Departure: a row looks where it would write."""
+        self.w_v.weight.zero_()
+        self.w_k.weight.copy_(self.w_q.weight)
+
+    def initial_carry(self, batch_size: int) -> tuple:
+        """An empty memory."""
+        d, D = self.w_q.weight.shape
+        K = 2 * self.nu * d
+        dtype = torch.promote_types(self.w_q.weight.dtype, torch.float32)
+        A = self.w_q.weight.new_zeros(batch_size, D, K, dtype=dtype)
+        z = A.new_zeros(batch_size, K if self.update == "armt" else 0)
+        return A, z
+
+    def forward(self, x: Tensor, layout: Layout, carry: tuple) -> tuple[Tensor, tuple]:
+        A, z = carry
+        x = x + self.read(self.features(self.w_q(x)), A, z).to(x.dtype)
+        x, _ = super().forward(x, layout, ())
+        if layout.n_write > 0:
+            _, _, write = layout.split(x)
+            A, z = self.write(write, A, z)
+        return x, (A, z)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x (B, n, d_assoc) -> phi (B, n, K); of unit length, but for update "armt"."""
+        phi = feature_map(x.to(torch.promote_types(x.dtype, torch.float32)), self.nu)
+        if self.update == "armt":
+            return phi
+        return phi / (phi.norm(dim=-1, keepdim=True) + self.eps)
+
+    def read(self, phi: Tensor, A: Tensor, z: Tensor) -> Tensor:
+        """What the memory says of the features phi (B, n, K): (B, n, D)."""
+        with torch.autocast(phi.device.type, enabled=False):
+            value = phi @ A.mT
+            if self.update == "armt":
+                value = value / (phi @ z[..., None] + self.eps)
+            return value
+
+    def write(self, m: Tensor, A: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The memory after the write rows m (B, M, D), all of which correct the same old A."""
+        k = self.features(self.w_k(m))                     # (B, M, K)
+        v = self.w_v(m).to(A.dtype)                        # (B, M, D)
+        beta = self.w_b(m).to(A.dtype).sigmoid()           # (B, M, 1)
+        with torch.autocast(m.device.type, enabled=False):
+            if self.update != "hebbian":
+                v = v - self.read(k, A, z)                 # what A does not say yet
+            if self.update == "delta":
+                # Write rows with alike keys share one step. No eigenvalue of sum of beta k k^T is
+                # above 1 then, so that A stays bounded; without this, 16 rows let it explode.
+                beta = beta / (k @ k.mT @ beta).clamp(min=1)
+            if self.update == "armt":
+                z = z + self.newness(k, z).mul(k).sum(dim=1)
+            return torch.baddbmm(A, (beta * v).mT, k), z
+
+    def newness(self, k: Tensor, z: Tensor) -> Tensor:
+        """gamma (B, M, 1) of keys k (B, M, K): 1 for a key that is new, 0 for one that is known."""
+        known = k @ z[..., None]
+        length = k.square().sum(dim=-1, keepdim=True)
+        gamma = 1 - (known + self.eps) / (length + self.eps)
+        gamma = gamma.clamp(0, 1).detach()
+        return torch.where(known == 0, 1.0, gamma)  # the paper's equation, which has no eps
+
+
+VARIANTS["armt"] = Variant(
+    read=False, write=True, recurrent=False, mask="causal", block=AssociativeBlock)
+
+
+# ==================================================================================================
+# Part III. At work: generation, attention maps, diagonal batching
+# ==================================================================================================
+
+
+@torch.no_grad()
+def stream(model: RMT, tokens: Tensor, state: State | None = None, temperature: float = 1.0,
+           top_k: int | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Continue tokens (B, length), which begin at a segment boundary: yield new tokens for ever.
+
+    A new token (B, 1) costs one row: keys and values of the earlier rows are kept until the segment
+    is full and hands its state on. (Layers of yours that do not use Attention, or a backbone of
+    yours, compute the segment again for every token.) Call model.eval() first.
+
+    temperature  0 takes the most likely token, 1 samples the model's distribution
+    top_k        sample among so many most likely tokens only
+    generator    where the random numbers come from
+    Raises TypeError or ValueError with the first token.
+    """
+    validate_tokens(model, tokens)
+    validate_sampling(model, temperature, top_k)
+    T = model.config.segment_len
+    if state is None:
+        state = model.initial_state(len(tokens))
+    # Segments that are full, and followed by another one, hand on their state.
+    n_done = (tokens.size(1) - 1) // T * T
+    if n_done > 0:
+        _, state = unroll(model, tokens[:, :n_done], state, last_only=True)
+    segment = tokens[:, n_done:].long()
+    validate_segment(model, segment, state)
+    while True:
+        decoder = SegmentDecoder(model, state)
+        while segment.size(1) <= T:
+            logits = decoder.next_logits(segment)
+            new = sample(logits, temperature, top_k, generator)
+            yield new
+            segment = torch.cat([segment, new], dim=1)
+        _, state = model(segment[:, :T], state)
+        segment = new
+
+
+def generate(model: RMT, tokens: Tensor, n_new: int, state: State | None = None,
+             temperature: float = 1.0, top_k: int | None = None,
+             generator: torch.Generator | None = None) -> Tensor:
+    """Continue tokens (B, length) by n_new tokens (B, n_new); otherwise as `stream`."""
+    if type(n_new) is not int or n_new < 1:
+        raise ValueError(f"n_new={n_new!r} must be an integer of at least 1")
+    new = islice(stream(model, tokens, state, temperature, top_k, generator), n_new)
+    return torch.cat(list(new), dim=1)
+
+
+class SegmentDecoder:
+    """The logits of the next token of one segment that grows; every row is computed once."""
+
+    def __init__(self, model: RMT, state: State):
+        self.model = model
+        self.state = state
+        self.layout = model.layout(model.config.segment_len, model.cached(state))
+        self.kv_cache = {}
+        self.n_rows = 0  # whose keys and values are in the kv_cache
+
+    def next_logits(self, segment: Tensor) -> Tensor:
+        """The segment so far (B, t), t one more than last time -> logits (B, V) of its next token."""
+        model = self.model
+        start = self.n_rows
+        end = model.n_read + segment.size(1)
+        new_tokens = segment[:, max(0, start - model.n_read):]
+        rows = model.wrap(new_tokens, self.state.memory)
+        rows = rows[:, :rows.size(1) - model.n_write][:, start - end:]
+        x, _ = model.backbone(rows, self.part(start, end), self.state.carry)
+        if self.kv_cache:  # otherwise the layers keep nothing, and need all rows again
+            self.n_rows = end
+        return model.head(model.norm(x[:, -1:]))[:, 0]
+
+    def part(self, start: int, end: int) -> Layout:
+        """The layout of the rows start .. end; tokens do not see write rows, which come later."""
+        whole = self.layout
+        n_read = whole.n_read if start == 0 else 0
+        n_cache = whole.n_cache if start == 0 else 0
+        first_column = 0 if start == 0 else whole.n_cache + start
+        last_column = whole.n_cache + end
+        return Layout(
+            n_read=n_read,
+            n_cache=n_cache,
+            n_tokens=end - start - n_read,
+            n_write=0,
+            mask=whole.mask[start:end, :last_column],
+            causal=False,
+            row_rotation=whole.row_rotation[start:end],
+            column_rotation=whole.column_rotation[first_column:last_column],
+            kv_cache=self.kv_cache,
+        )
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None,
+           generator: torch.Generator | None) -> Tensor:
+    """Draw a token (B, 1) from logits (B, V). Raises ValueError where they are not finite."""
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: were its weights trained with too "
+                         "large a learning rate?")
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    n = logits.size(-1) if top_k is None else min(top_k, logits.size(-1))
+    best = logits.float().topk(n)
+    drawn = torch.multinomial((best.values / temperature).softmax(-1), 1, generator=generator)
+    return best.indices.gather(1, drawn)
+
+
+def validate_sampling(model: RMT, temperature: float, top_k: int | None):
+    """Raise ValueError where a model cannot generate, or a sampling argument makes no sense."""
+    if model.variant.mask == "full":
+        raise ValueError(f"{model.config.variant!r} sees whole segments and cannot generate: use rmt")
+    number = type(temperature) in (int, float)
+    if not number or not (temperature == 0 or 1e-4 <= temperature < math.inf):
+        raise ValueError(f"temperature={temperature!r} must be 0 (the most likely token) or a "
+                         "finite number from 1e-4 up")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ValueError(f"top_k={top_k!r} must be None or an integer above 0")
+
+
+def attention_maps(model: RMT, tokens: Tensor, state: State | None = None
+                   ) -> tuple[Tensor, list[int]]:
+    """Where a model looks: the attention weights of one segment, tokens (B, T or fewer).
+
+    Returns weights (L, B, H, N, C + N), rows that look by columns that are seen, and the widths of
+    the blocks of columns: `read, cache, tokens, write = weights.split(widths, dim=-1)`. Works for
+    any backbone whose layers call F.scaled_dot_product_attention, and raises ValueError for others.
+    """
+    if state is None:
+        state = model.initial_state(len(tokens))
+    attend = F.scaled_dot_product_attention
+    seen = []
+
+    def record(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+        seen.append(attention_weights(q, k, attn_mask, is_causal, options.get("scale")))
+        return attend(q, k, v, attn_mask, dropout_p, is_causal, **options)
+
+    F.scaled_dot_product_attention = record
+    try:
+        with torch.no_grad():
+            model(tokens, state)
+    finally:
+        F.scaled_dot_product_attention = attend
+    if not seen:
+        raise ValueError("attention_maps needs layers that call F.scaled_dot_product_attention, and "
+                         "these do not")
+
+    layout = model.layout(tokens.size(1), model.cached(state))
+    N = len(layout.mask)
+    maps = []
+    for weights in seen:
+        if weights.size(-2) < N:  # a controller or bottleneck, which looks for its memory rows first
+            of_memory = weights
+            continue
+        if issubclass(model.variant.block, ControllerBlock | BottleneckBlock):
+            weights = weights.index_copy(-2, memory_rows(layout), of_memory)
+        maps.append(weights)
+    return torch.stack(maps), [layout.n_read, layout.n_cache, layout.n_tokens, layout.n_write]
+
+
+def attention_weights(q, k, mask, is_causal, scale) -> Tensor:
+    """softmax(q k^T scale) under the mask, as F.scaled_dot_product_attention defines it."""
+    if scale is None:
+        scale = q.size(-1) ** -0.5
+    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # grouped queries share their keys
+    scores = q @ k.mT * scale
+    if is_causal:
+        mask = torch.ones_like(scores, dtype=torch.bool).tril()
+    if mask is None:
+        return scores.softmax(dim=-1)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+    return (scores + mask).softmax(dim=-1)
+
+
+def unroll_diagonal(model: RMT, tokens: Tensor, state: State | None = None,
+                    bptt_depth: int | None = None, checkpoint: bool = False,
+                    last_only: bool = False) -> tuple[Tensor, State]:
+    """`unroll` in S + L - 1 steps instead of S L, with the same numbers [DB].
+
+    Where no memory goes over the top, segment s in layer l needs two things only: its rows from
+    layer l - 1, and what layer l carries out of segment s - 1. So all cells with one s + l run at
+    once, side by side in the batch, through one layer that holds the stacked weights of all layers:
 
                      s = 0   1   2   3   4
             layer 0      0   1   2   3   4
-            layer 1      1   2   3   4   5       the step in which each of them runs
+            layer 1      1   2   3   4   5       the step in which each cell runs
             layer 2      2   3   4   5   6
 
-    Segments of another shape run on their own: the first, until a cache is full, and a short last one.
-    Raises what unroll raises, and ValueError where state does not stay inside its layer.
+    Equal to `unroll` but for rounding and the random numbers of dropout. Segments of another shape
+    run one by one: the first ones, until a cache is full, and a last one that is short.
+    Raises what unroll raises, and ValueError for models whose layers cannot run side by side.
     """
-    require(not model.variant.recurrent, f"the memory of {model.config.variant!r} goes from a segment's last layer to "
-            "the next one's first layer, so that no two segments can run side by side: use unroll")
-    require(isinstance(model.backbone, Transformer), "unroll_diagonal runs the layers of rmt.Transformer side by side, "
-            f"and a {type(model.backbone).__name__} may have none: use unroll")
-    check(model, tokens)
-    state = model.initial_state(len(tokens)) if state is None else state
-    segments, blocks, T = tokens.split(model.config.segment_len, dim=1), model.backbone.blocks, model.config.segment_len
-    check(model, segments[0], state)
-    cut, L, first = cuts(len(segments), bptt_depth), len(blocks), -(-(model.n_cache - model.cached(state)) // T)
-    S, outputs = max(0, tokens.size(1) // T - first), deque(maxlen=1 if last_only else None)
-    for segment in segments[:first]:
-        logits, state = model(segment, state)
-        outputs.append(logits)
+    validate_diagonal(model)
+    validate_tokens(model, tokens)
+    validate_depth(bptt_depth)
+    if state is None:
+        state = model.initial_state(len(tokens))
+    T = model.config.segment_len
+    validate_segment(model, tokens[:, :T], state)
+    n_segments = math.ceil(tokens.size(1) / T)
+    n_first = min(math.ceil((model.n_cache - model.cached(state)) / T), n_segments)
+    n_full = max(n_first, tokens.size(1) // T)
+    segments = [tokens[:, s * T:(s + 1) * T] for s in range(n_segments)]
+    cuts = [gradient_stops(s, n_segments, bptt_depth) for s in range(n_segments)]
+    outputs = deque(maxlen=1 if last_only else None)
 
-    stacked = {name: torch.stack([b.get_parameter(name) for b in blocks]) for name, _ in blocks[0].named_parameters()}
-    mask, x, carry = model.mask(T, model.n_cache), [None] * (L + 1), list(state.carry)  # x, carry: a layer's next input
-    for step in range(S + L - 1 if S else 0):
-        busy = range(max(0, step - S + 1), min(L, step + 1))  # layers
+    def one_by_one(start, end, state):
+        for segment, cut in zip(segments[start:end], cuts[start:end], strict=True):
+            logits, state = model(segment, state.detach() if cut else state)
+            outputs.append(logits)
+        return state
+
+    state = one_by_one(0, n_first, state)
+    state = along_diagonals(
+        model, segments[n_first:n_full], cuts[n_first:n_full], state, checkpoint, outputs)
+    state = one_by_one(n_full, n_segments, state)
+    return torch.cat(list(outputs), dim=1), state
+
+
+def along_diagonals(model, segments, cuts, state, checkpoint, outputs) -> State:
+    """Run full segments along diagonals, append their logits to outputs, return the last state."""
+    S, L = len(segments), len(model.backbone.blocks)
+    if S == 0:
+        return state
+    B = len(segments[0])
+    layout = model.layout(model.config.segment_len, model.n_cache)
+    layer, weights = side_by_side(model.backbone.blocks)
+
+    rows = [None] * (L + 1)    # rows[l]: what layer l reads next; rows[L]: what the last one made
+    carry = list(state.carry)  # carry[l]: what layer l carries into its next segment
+    for step in range(S + L - 1):
+        busy = range(max(0, step - S + 1), min(L, step + 1))  # layer l works on segment step - l
         if step < S:
-            x[0] = model.wrap(segments[first + step], state.memory)
-        weights = stacked if len(busy) == L else {n: weight[busy.start:busy.stop] for n, weight in stacked.items()}
+            rows[0] = model.wrap(segments[step], state.memory)
         for l in busy:
-            carry[l] = map_tensors(torch.detach, carry[l]) if cut[first + step - l] else carry[l]
-        rows, *carries = [torch.cat(parts) for parts in zip(*((x[l], *carry[l]) for l in busy), strict=True)]
-        cell = blocks[0], weights, (rows, mask, tuple(carries))
-        rows, carries = recompute(functional_call, *cell, use_reentrant=False) if checkpoint else functional_call(*cell)
-        for l, *parts in zip(busy, *(t.split(len(tokens)) for t in (rows, *carries)), strict=True):
-            x[l + 1], carry[l] = parts[0], tuple(parts[1:])
+            if cuts[step - l]:
+                carry[l] = tree_map(torch.detach, carry[l])
+
+        # One call computes the layers that are busy, with their rows and carries side by side.
+        x = torch.cat([rows[l] for l in busy])
+        joined = tuple(torch.cat(parts) for parts in zip(*[carry[l] for l in busy], strict=True))
+        busy_weights = {name: w[busy.start:busy.stop] for name, w in weights.items()}
+        call = functional_call, layer, busy_weights, (x, layout, joined)
+        if checkpoint:
+            x, joined = recompute(*call, use_reentrant=False)
+        else:
+            x, joined = functional_call(*call[1:])
+
+        for i, l in enumerate(busy):
+            mine = slice(i * B, (i + 1) * B)
+            rows[l + 1] = x[mine]
+            carry[l] = tuple(part[mine] for part in joined)
         if busy.stop == L:
-            outputs.append(model.unwrap(x[L], state.memory)[0])
-    state = State(state.memory, map_tensors(torch.clone, tuple(carry)))  # views would keep whole diagonals alive
-    for segment in segments[first + S:]:
-        logits, state = model(segment, state.detach() if cut[-1] else state)
-        outputs.append(logits)
-    return torch.cat(tuple(outputs), dim=1), state
+            _, hidden, _ = layout.split(rows[L])
+            outputs.append(model.head(model.norm(hidden)))
+    return State(state.memory, tree_map(torch.clone, tuple(carry)))  # no views of whole diagonals
 
 
-@torch.no_grad()
-def stream(model, tokens: Tensor, state: State | None = None, temperature: float = 1.0, top_k: int | None = None,
-           generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """Continue tokens (B, length), which begin at a segment boundary from state: yield new tokens (B, 1) without end.
-
-    A new token costs one row, whose keys and values are kept until the segment is full and hands its state on; a
-    backbone other than Transformer recomputes the segment so far. Temperature 0 takes the most likely token, top_k
-    samples among the k most likely. Call model.eval() first. Raises ValueError or TypeError with the first token.
-    """
-    check(model, tokens)
-    require(model.variant.mask != "full", f"{model.config.variant!r} sees whole segments and cannot generate: use rmt")
-    require(type(temperature) in (int, float) and (temperature == 0 or 1e-4 <= temperature < math.inf),
-            f"temperature={temperature!r} must be 0 (the most likely token) or a finite number from 1e-4 up")
-    require(top_k is None or (type(top_k) is int and top_k > 0), f"top_k={top_k!r} must be None or an integer above 0")
-    T, state = model.config.segment_len, model.initial_state(len(tokens)) if state is None else state
-    n_full = (tokens.size(1) - 1) // T * T  # tokens of segments that are full and have a successor
-    _, state = unroll(model, tokens[:, :n_full], state, last_only=True) if n_full else (None, state)
-    segment = tokens[:, n_full:].long()
-    check(model, segment, state)
-    while True:
-        past = [[] for _ in model.backbone.blocks] if isinstance(model.backbone, Transformer) else []
-        mask = segment_mask(model.n_read, model.cached(state), T, 0, model.mask_form, model.window, segment.device)
-        for _ in range(segment.size(1), T + 1):
-            rows = slice(past[0][0] if any(past) else 0, model.n_read + segment.size(1))  # those that past lacks
-            x, visible = model.wrap(segment, state.memory)[:, rows], mask[rows, :model.cached(state) + rows.stop]
-            x, _ = model.backbone(x, visible, state.carry, *past)  # what it carries on counts when the segment is full
-            logits = model.head(model.norm(x[:, -1:]))[:, 0]
-            if top_k is not None:
-                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
-            new = (logits.argmax(-1, keepdim=True) if temperature == 0 else
-                   torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator))
-            yield new
-            segment = torch.cat([segment, new], dim=1)
-        (_, state), segment = model(segment[:, :T], state), new
+def side_by_side(blocks) -> tuple[nn.Module, dict[str, Tensor]]:
+    """One layer that computes l layers at once, and their stacked weights (L, ...) by name."""
+    shared = {id(weight): weight for weight in blocks[0].parameters()}
+    layer = copy.deepcopy(blocks[0], shared)  # new modules, the same weights
+    for name, module in list(layer.named_modules()):
+        if type(module) in (nn.Linear, nn.LayerNorm):
+            layer.set_submodule(name, Stacked(module))
+    weights = {}
+    for name, _ in blocks[0].named_parameters():
+        weights[name] = torch.stack([block.get_parameter(name) for block in blocks])
+    return layer, weights
 
 
-def generate(model, tokens: Tensor, n_new: int, state: State | None = None, temperature: float = 1.0,
-             top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """Continue tokens (B, length) by n_new tokens -> (B, n_new). Arguments and errors are those of `stream`."""
-    require(type(n_new) is int and n_new > 0, f"n_new={n_new!r} must be an integer of at least 1")
-    return torch.cat([*islice(stream(model, tokens, state, temperature, top_k, generator), n_new)], dim=1)
+class Stacked(nn.Module):
+    """The nn.Linear or nn.LayerNorm of l layers: rows (l B, ..., D) and weights (l, ...)."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = None
+        self.is_linear = type(module) is nn.Linear
+        self.weight = module.weight
+        self.bias = module.bias
+        if not self.is_linear:
+            self.normalized_shape = module.normalized_shape
+            self.eps = module.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_linear:
+            y = x.reshape(len(self.weight), -1, x.size(-1)) @ self.weight.mT
+            if self.bias is not None:
+                y = y + self.bias[:, None]
+            return y.view(*x.shape[:-1], -1)
+        y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        y = y.unflatten(0, (len(self.weight), -1))
+        between = [1] * (y.dim() - self.weight.dim())
+        y = y * self.weight.view(len(self.weight), *between, *self.normalized_shape)
+        if self.bias is not None:
+            y = y + self.bias.view(len(self.weight), *between, *self.normalized_shape)
+        return y.flatten(0, 1)
+
+
+def validate_diagonal(model: RMT):
+    """Raise ValueError where the layers of a model cannot run side by side."""
+    if model.variant.recurrent:
+        raise ValueError(f"the memory of {model.config.variant!r} goes from a segment's last layer to "
+                         "the next one's first layer, so that no two segments can run side by side: "
+                         "use unroll")
+    if not isinstance(model.backbone, Transformer):
+        raise ValueError(f"unroll_diagonal needs the layers of a Transformer, and the backbone is a "
+                         f"{type(model.backbone).__name__}: use unroll")
+    for module in model.backbone.blocks[0].modules():
+        known = type(module) in (nn.Linear, nn.LayerNorm)
+        if not known and list(module.parameters(recurse=False)):
+            raise ValueError(f"unroll_diagonal stacks the weights of nn.Linear and nn.LayerNorm, and "
+                             f"a {type(module).__name__} of this layer has its own: use unroll")

@@ -92,7 +92,7 @@ from tqdm import tqdm
 
 from assets.figures import draw_attention, draw_training
 from assets.tasks import TASKS, check, longest, text, vocabulary
-from rmt import RMT, Config, generate, map_tensors, tensors, unroll
+from rmt import RMT, Config, generate, tree_map, unroll
 
 # ------------------------------------------------------------------------------------------------------------- model
 
@@ -101,13 +101,6 @@ def build(args, variant):
     torch.manual_seed(args.seed)
     sizes = {name: getattr(args, name) for name in FLAGS["model"].keys() - {"model", "baseline"}}
     return RMT(Config(variant, len(vocabulary(args)), args.segment_len, **sizes)).to(args.device)
-
-
-def state_floats(model):
-    """How many floats of each sequence cross a boundary, when a cache is full."""
-    tokens = torch.zeros(1, model.n_cache + 1, dtype=torch.long, device=model.memory.device)
-    with torch.no_grad():
-        return sum(t.numel() for t in tensors(unroll(model.eval(), tokens)[1]))
 
 
 def sample(args, model, segments, batch, generator):
@@ -229,7 +222,7 @@ def report(args, runs):
     print(f"\nanswer symbols right, on fresh samples (chance {TASKS[args.task].chance(args):.3f})\n"
           "model            segments  teacher-forced    free-running   whole answers")
     for name, run in runs.items():
-        results[name] = {"cpu_seconds": round(run["seconds"], 1), "state_floats": state_floats(run["model"])}
+        results[name] = {"cpu_seconds": round(run["seconds"], 1), "state_floats": run["model"].state_floats()}
         for n in sorted({*args.lengths, *args.eval_segments}):
             results[name][n], samples = evaluate(args, run["model"], n)
             scores = "".join(f"{score:16.3f}" for score in results[name][n].values())
@@ -242,7 +235,7 @@ def report(args, runs):
     print(f"{args.model} {falls}\n" * bool(longer))
     print(f"controls: {args.model} over {args.segments} segments, teacher-forced, with")
     controls = {"its initial state at every boundary": lambda state: main.initial_state(len(state.memory)),
-                "the state of another sample": lambda state: map_tensors(lambda t: t.roll(1, 0), state)}
+                "the state of another sample": lambda state: tree_map(lambda t: t.roll(1, 0), state)}
     for name, between in controls.items():
         results[name] = evaluate(args, main, args.segments, between, free=False)[0]["teacher_forced"]
         print(f"    {name:38}{results[name]:.3f}")
@@ -278,7 +271,7 @@ def main(args):
         fail(f"--out {args.out} cannot be {what}: {' '.join(str(reason).split())[:160]}")
     print(f"{args.task} over {args.segments} segments of {args.segment_len}: device {args.device}, seed {args.seed}, "
           f"{sum(p.numel() for p in models[0].parameters())} parameters, "
-          f"state of {state_floats(models[0])} floats, "
+          f"state of {models[0].state_floats()} floats, "
           f"at most {args.batch * args.segments * args.segment_len} tokens per step, files in {args.out}")
     for name in names:
         runs[name] = runs.get(name) or new_run(args, name)

@@ -88,7 +88,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from assets.figures import draw_loss, draw_position
-from rmt import RMT, Config, State, map_tensors, stream, tensors, unroll
+from rmt import RMT, Config, State, stream, tree_leaves, tree_map, unroll
 
 # --------------------------------------------------------------------------------------------------------------- data
 # Bytes are the characters. A text has three parts of 90, 5 and 5 %; its vocabulary are the bytes of the first.
@@ -176,7 +176,7 @@ def evaluate(args, model, part, between=lambda state: state):
         counts[:n] += len(rows)
     bits = bits.cpu() / math.log(2)
     return {"bpc": (bits.sum() / counts.sum()).item(), "by_position": (bits / counts).tolist(),
-            "state_floats": sum(t.numel() for t in tensors(state)) // len(rows)}
+            "state_floats": sum(t.numel() for t in tree_leaves(state)) // len(rows)}
 
 
 def write_on(args, model, vocabulary, prompt):
@@ -269,7 +269,7 @@ def train(args, run, name, text, save):
 def save_runs(args, runs, text):
     """checkpoint.pt, with all that an exact resume needs, and metrics.csv. All ranks call it, the first one writes."""
     rng = [torch.get_rng_state(), *([torch.cuda.get_rng_state(args.device)] if args.device.startswith("cuda") else [])]
-    states = {name: [state and tuple(map_tensors(torch.Tensor.cpu, state)) for state in run["states"]]
+    states = {name: [state and tuple(tree_map(torch.Tensor.cpu, state)) for state in run["states"]]
               for name, run in runs.items()}
     ranks = [{"rng": rng, "states": states}] * RANKS
     if RANKS > 1:
@@ -294,7 +294,7 @@ def load_runs(args, runs, text):
     for name, run in runs.items():
         fill(run["model"], saved, name)
         run["optimizer"].load_state_dict(saved["runs"][name].pop("optimizer"))
-        states = [s and map_tensors(lambda t: t.to(args.device), State(*s)) for s in mine["states"][name]]
+        states = [s and tree_map(lambda t: t.to(args.device), State(*s)) for s in mine["states"][name]]
         run.update(saved["runs"][name], states=states)
     torch.set_rng_state(mine["rng"][0])
     if args.device.startswith("cuda") and len(mine["rng"]) > 1:
@@ -310,7 +310,7 @@ def report(args, runs, text):
           f"segment\n{'model':17}{'state at a boundary':31}    all  first   rest", flush=True)
     print("\n".join(f"{name:48}{result['bpc']:7.3f}" for name, result in results.items()))
     states = {"carried": lambda model, state: state, "reset": lambda model, state: model.initial_state(len(state[0])),
-              "of another stream": lambda model, state: map_tensors(lambda t: t.roll(1, 0), state)}
+              "of another stream": lambda model, state: tree_map(lambda t: t.roll(1, 0), state)}
     for name, run in runs.items():
         speed = run["rows"][-1][2] / RANKS / run["seconds"]
         results[name] = {"seconds": round(run["seconds"], 1), "per_second": round(speed)}

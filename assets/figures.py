@@ -9,7 +9,6 @@ The scripts take the pictures of a run from here.
 import json
 import sys
 from pathlib import Path
-from unittest import mock
 
 import matplotlib.pyplot as plt
 
@@ -278,6 +277,7 @@ def draw_attention(model, tokens, n_answer, text):
 
     tokens (1, length), whose last n_answer outputs are the answer; text is a function that writes tokens as characters.
     """
+    from rmt import attention_maps
     T, n_layer, state = model.config.segment_len, model.config.n_layer, model.initial_state(1)
     answer = (tokens.size(1) - n_answer) // T
     figure, axes = plt.subplots(2, n_layer, squeeze=False, figsize=(4 * n_layer, 7.6), layout="constrained")
@@ -321,40 +321,6 @@ def draw_position(results):
     return figure
 
 
-def attention_maps(model, tokens, state):
-    """Attention weights of all layers and heads for one segment, tokens (B, T); they cost nothing when not asked for.
-
-    Returns weights (L, B, H, N, C + N), rows look and columns are seen, and the widths of the blocks of columns:
-    `read, cache, tokens, write = weights.split(widths, dim=-1)`; rows have the same blocks without the cache.
-    Raises ValueError for a backbone whose layers do not call F.scaled_dot_product_attention.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    from rmt import BottleneckBlock, ControllerBlock
-    weights, attend = [], F.scaled_dot_product_attention
-
-    def recorded(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        keys = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
-        scores = q @ keys.mT * (q.size(-1) ** -0.5 if scale is None else scale)
-        mask = torch.ones_like(scores).tril().bool() if is_causal else attn_mask
-        mask = torch.zeros_like(scores) if mask is None else mask
-        masked = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        weights.append(masked.softmax(dim=-1))
-        return attend(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-
-    with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", recorded):
-        model(tokens, state)
-    if not weights:
-        raise ValueError("attention_maps needs layers that call F.scaled_dot_product_attention, and these do not")
-    maps, N = torch.stack(weights), weights[0].size(-2)
-    if issubclass(model.variant.block, (ControllerBlock, BottleneckBlock)):  # each layer attends for memory rows first
-        memory = [*range(model.n_read), *range(N - model.n_write, N)]
-        for_memory, maps = maps[::2], maps[1::2].clone()
-        maps[..., memory, :] = for_memory[..., memory, :]
-    return maps, [model.n_read, maps.size(-1) - N, tokens.size(1), model.n_write]
-
-
 def draw_map(axis, weights, widths, names):
     """One attention matrix or mask, with borders and names of its blocks of columns and of rows (no cache there)."""
     axis.imshow(weights.cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
@@ -370,16 +336,16 @@ def draw_map(axis, weights, widths, names):
 
 def draw_masks():
     """The mask of every variant, with a full cache, as segment_mask makes it; and a bottleneck with a window."""
-    from rmt import RMT, VARIANTS, Config, segment_mask
+    from rmt import RMT, VARIANTS, Config
     shown, n_tokens = dict.fromkeys(VARIANTS, 0) | {"mem_bottleneck, window 2": 2}, 5
-    n_rows = -(-len(shown) // 6)
-    figure, axes = plt.subplots(n_rows, 6, figsize=(13, 2.5 * n_rows), layout="constrained")
+    n_rows = -(-len(shown) // 7)
+    figure, axes = plt.subplots(n_rows, 7, figsize=(15, 2.5 * n_rows), layout="constrained")
     for axis in axes.flat[len(shown):]:
         axis.axis("off")
     for axis, (name, window) in zip(axes.flat, shown.items(), strict=False):
         model = RMT(Config(name.split(",")[0], segment_len=n_tokens, n_mem=2, cache_len=3, window=window))
         sizes = [model.n_read, model.n_cache, n_tokens, model.n_write]
-        mask = segment_mask(*sizes, model.mask_form, model.window)
+        mask = model.mask(n_tokens, model.n_cache)
         draw_map(axis, 0.65 * mask, sizes, ("read", "cache", "tokens", "write"))
         axis.xaxis.remove_overlapping_locs = axis.yaxis.remove_overlapping_locs = False
         axis.set_xticks([i + 0.5 for i in range(mask.size(1))], minor=True)
