@@ -3,7 +3,7 @@
 A Transformer reads a long sequence one segment at a time. State can cross a segment boundary in two
 places:
 
-    over the top      memory tokens: what the last layer writes is what the first layer reads next   RMT
+    over the top      memory tokens: the first layer reads what the last layer wrote        RMT
     inside a layer    a carry: cached inputs (Transformer-XL) or an associative matrix (ARMT)
 
               segment t                              segment t + 1
@@ -23,15 +23,15 @@ loop; `unroll` is the same loop with its options:
         logits, state = model(segment, state)     # one segment, always
 
 The file has three parts. Part I is the Recurrent Memory Transformer, whole; you can stop after it.
-Part II adds its relatives, one mechanism after the other: each is a layer, its equations and its row
-of the table VARIANTS. Part III puts a model to work: it generates text, shows where a model looks,
-and runs many segments at once where that is possible.
+Part II adds its relatives, one mechanism after the other: each is a layer, its equations, and its
+row of the table VARIANTS. Part III puts a model to work: it generates text, shows where a model
+looks, and runs many segments at once where that is possible.
 
 Glossary
-    B  batch size          T  segment_len, tokens of one segment    V  vocab_size
-    D  d_model             M  n_mem, memory tokens                  L  n_layer
-    H  n_head              E  D / H, channels of one head           C  cache_len, "mem_len" in [TXL]
-    N  the rows of one segment, read + tokens + write               K  features of an associative key
+    B  batch size      T  segment_len, tokens of a segment    V  vocab_size
+    D  d_model         M  n_mem, memory tokens                L  n_layer
+    H  n_head          E  D / H, channels of one head         C  cache_len, "mem_len" in [TXL]
+    N  all rows of a segment, read + tokens + write           K  features of an associative key
 
     memory          (B, M, D), "mem_t" in [RMT]; it goes over the top
     read, write     the memory tokens before and after the tokens of a segment
@@ -41,8 +41,8 @@ Glossary
 
 References
     [RMT]     Bulatov, Kuratov, Burtsev. Recurrent Memory Transformer. 2022, arXiv:2207.06881
-    [RMT-1M]  Bulatov, Kuratov, Burtsev. Scaling Transformer to 1M tokens and beyond with RMT. 2023,
-              arXiv:2304.11062
+    [RMT-1M]  Bulatov, Kuratov, Burtsev. Scaling Transformer to 1M tokens and beyond with RMT.
+              2023, arXiv:2304.11062
     [RoPE]    Su et al. RoFormer: Enhanced Transformer with Rotary Position Embedding. 2021,
               arXiv:2104.09864
     [TXL]     Dai et al. Transformer-XL. 2019, arXiv:1901.02860
@@ -65,7 +65,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recompute
 
 # ==================================================================================================
@@ -103,29 +102,7 @@ class Config:
     update: str = "delta"        # the rule that writes: "delta", "armt" as published, "hebbian"
 
     def __post_init__(self):
-        positive = "vocab_size segment_len n_layer n_head d_model d_assoc nu".split()
-        for name in [*positive, "n_mem", "cache_len", "window"]:
-            value = getattr(self, name)
-            least = 1 if name in positive else 0
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        for name, end in {"dropout": 1, "carry_dropout": 1, "memory_noise": math.inf}.items():
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < end:
-                raise ValueError(f"{name}={value!r} must be a number from 0 to below {end}")
-        choices = {
-            "memory_form": ("norm", "raw"),
-            "write_slot": ("memory", "embedding", "both"),
-            "update": ("delta", "armt", "hebbian"),
-            "tie_weights": (False, True),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}")
-        if self.d_model % (2 * self.n_head) != 0:  # rotary positions turn pairs of channels
-            raise ValueError(f"d_model={self.d_model} must be divisible by 2 * n_head={2 * self.n_head}")
-        if self.nu >= self.d_assoc:  # or products of a channel with itself would fill the features
-            raise ValueError(f"nu={self.nu} must be below d_assoc={self.d_assoc}")
+        validate_config(self)
 
 
 class State(NamedTuple):
@@ -161,12 +138,12 @@ def tree_leaves(tree) -> list[Tensor]:
 
 
 class Layout(NamedTuple):
-    """Where the rows of a segment stand, and who may look at whom. It is the same for every layer.
+    """Where the rows of a segment stand, and who may look at whom: the same for every layer.
 
         rows      read | tokens | write            what a layer computes         N of them
         columns   read | cache | tokens | write    what its attention sees   C + N of them
 
-    In Part I there is no cache, so that rows and columns are the same.
+    In Part I there is no cache: rows and columns are the same.
     """
     n_read: int
     n_cache: int
@@ -191,7 +168,7 @@ def rotary_table(n_positions: int, width: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair of channels of x (B, n, H, E) by the angle of its row: rotary positions [RoPE].
+    """Rotary positions [RoPE]: turn each pair of channels of x (B, n, H, E) by its row's angle.
 
     A pair is a complex number, rotation (n, E / 2) is e^(i angle), and turning is their product.
     """
@@ -203,7 +180,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention with rotary positions.
 
-    Departure: [RMT] has absolute positions and [TXL] relative ones. Here all variants have the same.
+    Departure: [RMT] has absolute positions, [TXL] relative ones. Here all variants have the same.
     """
 
     def __init__(self, config: Config):
@@ -223,13 +200,8 @@ class Attention(nn.Module):
         q = rotate(q, layout.row_rotation).transpose(1, 2)           # (B, H, N, E)
         k = rotate(k, layout.column_rotation).transpose(1, 2)        # (B, H, C + N, E)
 
-        if layout.kv_cache is not None:  # the columns before these were computed earlier
-            if self in layout.kv_cache:
-                earlier_k, earlier_v = layout.kv_cache[self]
-                k = torch.cat([earlier_k, k], dim=2)
-                v = torch.cat([earlier_v, v], dim=2)
-            layout.kv_cache[self] = k, v
-
+        if layout.kv_cache is not None:  # Part III: the rows before these were computed earlier
+            k, v = self.extend(layout.kv_cache, k, v)
         mask = None if layout.causal else layout.mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=layout.causal)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -237,6 +209,15 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, n, D) -> (B, n, H, E)"""
         return x.unflatten(-1, (self.n_head, -1))
+
+    def extend(self, kv_cache: dict, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the keys and values of earlier rows before k and v, and remember them all."""
+        if self in kv_cache:
+            earlier_k, earlier_v = kv_cache[self]
+            k = torch.cat([earlier_k, k], dim=2)
+            v = torch.cat([earlier_v, v], dim=2)
+        kv_cache[self] = k, v
+        return k, v
 
 
 class Block(nn.Module):
@@ -431,9 +412,10 @@ class RMT(nn.Module):
         tokens (B, T or fewer), state (default: the initial one) -> logits (B, T, V), next state.
         Raises TypeError or ValueError for tokens or a state that do not fit.
         """
+        validate_segment(self, tokens)
         if state is None:
             state = self.initial_state(len(tokens))
-        validate_segment(self, tokens, state)
+        validate_state(self, state, tokens)
         layout = self.layout(tokens.size(1), self.cached(state))
         rows = self.wrap(tokens, state.memory)                                  # (B, N, D)
         x, carry = self.backbone(rows, layout, self.drop_carry(state.carry))    # (B, N, D)
@@ -516,7 +498,7 @@ class RMT(nn.Module):
         return floats + self.config.n_layer * self.n_cache * self.config.d_model
 
     def drop_carry(self, carry: tuple) -> tuple:
-        """In training, some sequences lose their carry, so that they must use memory (Part II)."""
+        """In training, some sequences lose their carry (it is 0) and must use memory (Part II)."""
         rate = self.config.carry_dropout
         if not (self.training and self.variant.recurrent and rate > 0 and tree_leaves(carry)):
             return carry
@@ -586,75 +568,6 @@ def gradient_stops(s: int, n_segments: int, bptt_depth: int | None) -> bool:
     return (n_segments - s) % (bptt_depth + 1) == 0
 
 
-# Checks. What a reader of the file gets wrong is refused here, in one line with value, rule and fix.
-
-
-def validate_model(config: Config, backbone, embed, head):
-    """Raise ValueError where a config does not fit its variant, or the parts that come with it."""
-    if config.variant not in VARIANTS:
-        raise ValueError(f"variant={config.variant!r} must be one of {', '.join(VARIANTS)}")
-    variant = VARIANTS[config.variant]
-    if (variant.read or variant.write) and config.n_mem == 0:
-        raise ValueError(f"n_mem=0 must be at least 1 for {config.variant!r}")
-    if variant.cache and config.cache_len == 0:
-        raise ValueError(f"cache_len=0 must be at least 1 for {config.variant!r}")
-    if backbone is not None and variant.block is not Block:
-        raise ValueError(f"{config.variant!r} has layers of its own: give a backbone to 'rmt'")
-    if config.tie_weights and not (embed is None and head is None):
-        raise ValueError("tie_weights=True ties our embedding and head: tie your own yourself")
-
-
-def validate_tokens(model: RMT, tokens: Tensor, look: bool = True):
-    """Raise TypeError or ValueError unless tokens are integers (B, length), 0 .. V - 1 if we look."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens are {kind} and must be integers, as in torch.tensor([[1, 2, 3]])")
-    if tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError(f"tokens have shape {tuple(tokens.shape)} and must be (batch, length), "
-                         "neither of them 0")
-    if look and not torch.compiler.is_compiling():
-        low, high = (bound.item() for bound in tokens.aminmax())
-        V = model.config.vocab_size
-        if low < 0 or high >= V:
-            raise ValueError(f"tokens reach from {low} to {high}; vocab_size={V} allows 0 .. {V - 1}")
-
-
-def validate_depth(bptt_depth: int | None):
-    """Raise ValueError unless bptt_depth is None or an integer of at least 0."""
-    if bptt_depth is not None and (type(bptt_depth) is not int or bptt_depth < 0):
-        raise ValueError(f"bptt_depth={bptt_depth!r} must be None (gradient crosses all boundaries) "
-                         "or an integer of at least 0")
-
-
-def validate_segment(model: RMT, tokens: Tensor, state: State):
-    """Raise TypeError or ValueError unless tokens are one segment and the state fits them."""
-    validate_tokens(model, tokens, look=tokens.is_cpu)  # a GPU would have to wait for the answer
-    B, length = tokens.shape
-    T = model.config.segment_len
-    if length > T:
-        raise ValueError(f"a segment of {length} tokens is longer than segment_len={T}: give long "
-                         "sequences to unroll(model, tokens)")
-    if not isinstance(state, State):
-        raise TypeError(f"state is a {type(state).__name__} and must be a State: start from "
-                        "model.initial_state(batch_size), or wrap what you loaded in State(*loaded)")
-    leaves = tree_leaves(state)
-    fits = state_form(state) == model.state_form and all(len(leaf) == B for leaf in leaves)
-    if not fits or model.cached(state) > model.n_cache:
-        shapes = [tuple(leaf.shape) for leaf in leaves]
-        raise ValueError(f"a state of shapes {shapes} does not fit {model.config.variant!r} with "
-                         f"{B} sequences: start from model.initial_state({B})")
-    dtype = model.memory.dtype
-    if state.memory.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type):
-        raise ValueError(f"the state is {state.memory.dtype} and the model {dtype}: convert it with "
-                         f"tree_map(lambda t: t.to({dtype}), state)")
-
-
-def state_form(state: State) -> list:
-    """What all states of a model share: the shape of memory, the last axis of what is carried."""
-    carried = tree_leaves(state.carry)
-    return [state.memory.shape[1:]] + [leaf.shape[1:][-1:] for leaf in carried]
-
-
 # ==================================================================================================
 # Part II. The family: a mechanism is a layer, and a row of the table
 # ==================================================================================================
@@ -669,7 +582,8 @@ def state_form(state: State) -> list:
 class CacheBlock(Block):
     """Tokens also see this layer's inputs for the C tokens before the segment, without gradient.
 
-    The carry is (cache,): inputs of tokens (B, c, D), before norm and rotation; c grows from 0 to C.
+    The carry is (cache,): the last c inputs of tokens (B, c, D), before norm and rotation. c grows
+    from 0 to C.
     """
 
     def __init__(self, config: Config):
@@ -920,7 +834,7 @@ def stream(model: RMT, tokens: Tensor, state: State | None = None, temperature: 
     if n_done > 0:
         _, state = unroll(model, tokens[:, :n_done], state, last_only=True)
     segment = tokens[:, n_done:].long()
-    validate_segment(model, segment, state)
+    validate_state(model, state, segment)
     while True:
         decoder = SegmentDecoder(model, state)
         while segment.size(1) <= T:
@@ -953,7 +867,7 @@ class SegmentDecoder:
         self.n_rows = 0  # whose keys and values are in the kv_cache
 
     def next_logits(self, segment: Tensor) -> Tensor:
-        """The segment so far (B, t), t one more than last time -> logits (B, V) of its next token."""
+        """The segment so far (B, t), longer than last time -> logits (B, V) of its next token."""
         model = self.model
         start = self.n_rows
         end = model.n_read + segment.size(1)
@@ -999,18 +913,6 @@ def sample(logits: Tensor, temperature: float, top_k: int | None,
     return best.indices.gather(1, drawn)
 
 
-def validate_sampling(model: RMT, temperature: float, top_k: int | None):
-    """Raise ValueError where a model cannot generate, or a sampling argument makes no sense."""
-    if model.variant.mask == "full":
-        raise ValueError(f"{model.config.variant!r} sees whole segments and cannot generate: use rmt")
-    number = type(temperature) in (int, float)
-    if not number or not (temperature == 0 or 1e-4 <= temperature < math.inf):
-        raise ValueError(f"temperature={temperature!r} must be 0 (the most likely token) or a "
-                         "finite number from 1e-4 up")
-    if top_k is not None and (type(top_k) is not int or top_k < 1):
-        raise ValueError(f"top_k={top_k!r} must be None or an integer above 0")
-
-
 def attention_maps(model: RMT, tokens: Tensor, state: State | None = None
                    ) -> tuple[Tensor, list[int]]:
     """Where a model looks: the attention weights of one segment, tokens (B, T or fewer).
@@ -1035,14 +937,14 @@ def attention_maps(model: RMT, tokens: Tensor, state: State | None = None
     finally:
         F.scaled_dot_product_attention = attend
     if not seen:
-        raise ValueError("attention_maps needs layers that call F.scaled_dot_product_attention, and "
-                         "these do not")
+        raise ValueError("attention_maps needs layers that call F.scaled_dot_product_attention, "
+                         "and these do not")
 
     layout = model.layout(tokens.size(1), model.cached(state))
     N = len(layout.mask)
     maps = []
     for weights in seen:
-        if weights.size(-2) < N:  # a controller or bottleneck, which looks for its memory rows first
+        if weights.size(-2) < N:  # a controller or bottleneck: its memory rows look first
             of_memory = weights
             continue
         if issubclass(model.variant.block, ControllerBlock | BottleneckBlock):
@@ -1090,7 +992,7 @@ def unroll_diagonal(model: RMT, tokens: Tensor, state: State | None = None,
     if state is None:
         state = model.initial_state(len(tokens))
     T = model.config.segment_len
-    validate_segment(model, tokens[:, :T], state)
+    validate_state(model, state, tokens)
     n_segments = math.ceil(tokens.size(1) / T)
     n_first = min(math.ceil((model.n_cache - model.cached(state)) / T), n_segments)
     n_full = max(n_first, tokens.size(1) // T)
@@ -1118,7 +1020,13 @@ def along_diagonals(model, segments, cuts, state, checkpoint, outputs) -> State:
         return state
     B = len(segments[0])
     layout = model.layout(model.config.segment_len, model.n_cache)
-    layer, weights = side_by_side(model.backbone.blocks)
+    layer = side_by_side(model.backbone.blocks)
+
+    def run(busy, x, carries):
+        for module in layer.modules():
+            if isinstance(module, Stacked):
+                module.select(busy)
+        return layer(x, layout, carries)
 
     rows = [None] * (L + 1)    # rows[l]: what layer l reads next; rows[L]: what the last one made
     carry = list(state.carry)  # carry[l]: what layer l carries into its next segment
@@ -1130,78 +1038,217 @@ def along_diagonals(model, segments, cuts, state, checkpoint, outputs) -> State:
             if cuts[step - l]:
                 carry[l] = tree_map(torch.detach, carry[l])
 
-        # One call computes the layers that are busy, with their rows and carries side by side.
+        # The busy layers compute at once, with their rows and carries side by side in the batch.
         x = torch.cat([rows[l] for l in busy])
-        joined = tuple(torch.cat(parts) for parts in zip(*[carry[l] for l in busy], strict=True))
-        busy_weights = {name: w[busy.start:busy.stop] for name, w in weights.items()}
-        call = functional_call, layer, busy_weights, (x, layout, joined)
+        carries = tuple(torch.cat(parts) for parts in zip(*[carry[l] for l in busy], strict=True))
         if checkpoint:
-            x, joined = recompute(*call, use_reentrant=False)
+            x, carries = recompute(run, busy, x, carries, use_reentrant=False)
         else:
-            x, joined = functional_call(*call[1:])
+            x, carries = run(busy, x, carries)
 
+        pieces = x.split(B)
+        carries = [part.split(B) for part in carries]
         for i, l in enumerate(busy):
-            mine = slice(i * B, (i + 1) * B)
-            rows[l + 1] = x[mine]
-            carry[l] = tuple(part[mine] for part in joined)
+            rows[l + 1] = pieces[i]
+            carry[l] = tuple(part[i] for part in carries)
         if busy.stop == L:
             _, hidden, _ = layout.split(rows[L])
             outputs.append(model.head(model.norm(hidden)))
     return State(state.memory, tree_map(torch.clone, tuple(carry)))  # no views of whole diagonals
 
 
-def side_by_side(blocks) -> tuple[nn.Module, dict[str, Tensor]]:
-    """One layer that computes l layers at once, and their stacked weights (L, ...) by name."""
+def side_by_side(blocks) -> nn.Module:
+    """One layer that computes several of the blocks at once, with their weights stacked."""
     shared = {id(weight): weight for weight in blocks[0].parameters()}
-    layer = copy.deepcopy(blocks[0], shared)  # new modules, the same weights
-    for name, module in list(layer.named_modules()):
-        if type(module) in (nn.Linear, nn.LayerNorm):
-            layer.set_submodule(name, Stacked(module))
-    weights = {}
-    for name, _ in blocks[0].named_parameters():
-        weights[name] = torch.stack([block.get_parameter(name) for block in blocks])
-    return layer, weights
+    layer = copy.deepcopy(blocks[0], shared)  # modules of its own, without copies of the weights
+    for name, module in list(layer.named_modules(remove_duplicate=False)):
+        same_place = [block.get_submodule(name) for block in blocks]
+        if type(module) is nn.Linear:
+            layer.set_submodule(name, StackedLinear(same_place))
+        elif type(module) is nn.LayerNorm and module.weight is not None:
+            layer.set_submodule(name, StackedLayerNorm(same_place))
+    return layer
 
 
 class Stacked(nn.Module):
-    """The nn.Linear or nn.LayerNorm of l layers: rows (l B, ..., D) and weights (l, ...)."""
+    """The weights and biases of modules that stand at one place in all layers: (L, ...)."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, modules: list[nn.Module]):
         super().__init__()
-        self.module = None
-        self.is_linear = type(module) is nn.Linear
-        self.weight = module.weight
-        self.bias = module.bias
-        if not self.is_linear:
-            self.normalized_shape = module.normalized_shape
-            self.eps = module.eps
+        self.all_weights = torch.stack([module.weight for module in modules])
+        self.all_biases = None
+        if modules[0].bias is not None:
+            self.all_biases = torch.stack([module.bias for module in modules])
+
+    def select(self, busy: range):
+        """Compute with the weights of these l layers: weight and bias (l, ...)."""
+        self.weight, self.bias = self.all_weights, self.all_biases
+        if len(busy) < len(self.all_weights):
+            self.weight = self.weight[busy.start:busy.stop]
+            if self.bias is not None:
+                self.bias = self.bias[busy.start:busy.stop]
+
+
+class StackedLinear(Stacked):
+    """The nn.Linear of l layers: rows x (l B, ..., in) -> (l B, ..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_linear:
-            y = x.reshape(len(self.weight), -1, x.size(-1)) @ self.weight.mT
-            if self.bias is not None:
-                y = y + self.bias[:, None]
-            return y.view(*x.shape[:-1], -1)
-        y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        y = y.unflatten(0, (len(self.weight), -1))
-        between = [1] * (y.dim() - self.weight.dim())
-        y = y * self.weight.view(len(self.weight), *between, *self.normalized_shape)
+        y = x.reshape(len(self.weight), -1, x.size(-1)) @ self.weight.mT
         if self.bias is not None:
-            y = y + self.bias.view(len(self.weight), *between, *self.normalized_shape)
-        return y.flatten(0, 1)
+            y = y + self.bias[:, None]
+        return y.view(*x.shape[:-1], -1)
+
+
+class StackedLayerNorm(Stacked):
+    """The nn.LayerNorm of l layers: rows x (l B, ..., D) -> rows of the same shape."""
+
+    def __init__(self, modules: list[nn.LayerNorm]):
+        super().__init__(modules)
+        self.shape = modules[0].normalized_shape
+        self.eps = modules[0].eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x, self.shape, eps=self.eps)
+        y = y.reshape(len(self.weight), -1, *self.shape) * self.weight[:, None]
+        if self.bias is not None:
+            y = y + self.bias[:, None]
+        return y.view(x.shape)
+
+
+# ==================================================================================================
+# Checks: what goes wrong most often is refused, in one line with the value, the rule and the fix
+# ==================================================================================================
+
+
+def validate_config(config: Config):
+    """Raise ValueError unless every field of a config makes sense; RMT looks at its variant."""
+    positive = "vocab_size segment_len n_layer n_head d_model d_assoc nu".split()
+    for name in [*positive, "n_mem", "cache_len", "window"]:
+        value = getattr(config, name)
+        least = 1 if name in positive else 0
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+    for name, end in {"dropout": 1, "carry_dropout": 1, "memory_noise": math.inf}.items():
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 <= value < end:
+            raise ValueError(f"{name}={value!r} must be a number from 0 to below {end}")
+    choices = {
+        "memory_form": ("norm", "raw"),
+        "write_slot": ("memory", "embedding", "both"),
+        "update": ("delta", "armt", "hebbian"),
+        "tie_weights": (False, True),
+    }
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
+    pairs = 2 * config.n_head
+    if config.d_model % pairs != 0:
+        raise ValueError(f"d_model={config.d_model} must be divisible by 2 * n_head={pairs}: "
+                         "rotary positions turn pairs of channels")
+    if config.nu >= config.d_assoc:
+        raise ValueError(f"nu={config.nu} must be below d_assoc={config.d_assoc}: some features "
+                         "would be zero for ever")
+
+
+def validate_model(config: Config, backbone, embed, head):
+    """Raise ValueError where a config does not fit its variant, or the parts that come with it."""
+    if config.variant not in VARIANTS:
+        raise ValueError(f"variant={config.variant!r} must be one of {', '.join(VARIANTS)}")
+    variant = VARIANTS[config.variant]
+    if (variant.read or variant.write) and config.n_mem == 0:
+        raise ValueError(f"n_mem=0 must be at least 1 for {config.variant!r}")
+    if variant.cache and config.cache_len == 0:
+        raise ValueError(f"cache_len=0 must be at least 1 for {config.variant!r}")
+    if backbone is not None and variant.block is not Block:
+        raise ValueError(f"{config.variant!r} has layers of its own: give a backbone to 'rmt'")
+    if config.tie_weights and not (embed is None and head is None):
+        raise ValueError("tie_weights=True ties our embedding and head: tie your own yourself")
+
+
+def validate_tokens(model: RMT, tokens: Tensor, check_range: bool = True):
+    """Raise TypeError or ValueError unless tokens are integers (B, length) from 0 to V - 1."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens are {kind} and must be integers, as in torch.tensor([[1, 2, 3]])")
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens have shape {tuple(tokens.shape)} and must be (batch, length), "
+                         "neither of them 0")
+    if check_range and not torch.compiler.is_compiling():
+        V = model.config.vocab_size
+        low, high = tokens.aminmax()
+        if low < 0 or high >= V:
+            raise ValueError(f"tokens reach from {low} to {high}, and vocab_size={V} allows "
+                             f"0 .. {V - 1}")
+
+
+def validate_depth(bptt_depth: int | None):
+    """Raise ValueError unless bptt_depth is None or an integer of at least 0."""
+    if bptt_depth is not None and (type(bptt_depth) is not int or bptt_depth < 0):
+        raise ValueError(f"bptt_depth={bptt_depth!r} must be None (gradient crosses all "
+                         "boundaries) or an integer of at least 0")
+
+
+def validate_segment(model: RMT, tokens: Tensor):
+    """Raise TypeError or ValueError unless tokens are one segment (B, T or fewer)."""
+    on_cpu = isinstance(tokens, Tensor) and tokens.is_cpu  # a GPU would wait for the answer
+    validate_tokens(model, tokens, check_range=on_cpu)
+    T = model.config.segment_len
+    if tokens.size(1) > T:
+        raise ValueError(f"a segment of {tokens.size(1)} tokens is longer than segment_len={T}: "
+                         "give long sequences to unroll(model, tokens)")
+
+
+def validate_state(model: RMT, state: State, tokens: Tensor):
+    """Raise TypeError or ValueError unless a state fits the model and the tokens (B, T)."""
+    B = len(tokens)
+    if not isinstance(state, State):
+        raise TypeError(f"state is a {type(state).__name__} and must be a State: start from "
+                        "model.initial_state(batch_size), or wrap what you loaded, State(*loaded)")
+    leaves = tree_leaves(state)
+    fits = state_form(state) == model.state_form and all(len(leaf) == B for leaf in leaves)
+    if not fits or model.cached(state) > model.n_cache:
+        shapes = [tuple(leaf.shape) for leaf in leaves]
+        raise ValueError(f"a state of shapes {shapes} does not fit {model.config.variant!r} with "
+                         f"{B} sequences: start from model.initial_state({B})")
+    dtype = model.memory.dtype
+    if state.memory.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type):
+        raise ValueError(f"the state is {state.memory.dtype} and the model {dtype}: convert it, "
+                         f"tree_map(lambda t: t.to({dtype}), state)")
+
+
+def state_form(state: State) -> list:
+    """What all states of a model share: the shape of memory, the last axis of what is carried."""
+    carried = tree_leaves(state.carry)
+    return [state.memory.shape[1:]] + [leaf.shape[1:][-1:] for leaf in carried]
+
+
+def validate_sampling(model: RMT, temperature: float, top_k: int | None):
+    """Raise ValueError where a model cannot generate, or a sampling argument makes no sense."""
+    if model.variant.mask == "full":
+        raise ValueError(f"{model.config.variant!r} sees whole segments and cannot generate: use "
+                         "'rmt'")
+    number = type(temperature) in (int, float)
+    if not number or not (temperature == 0 or 1e-4 <= temperature < math.inf):
+        raise ValueError(f"temperature={temperature!r} must be 0 (the most likely token) or a "
+                         "finite number from 1e-4 up")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ValueError(f"top_k={top_k!r} must be None or an integer above 0")
 
 
 def validate_diagonal(model: RMT):
     """Raise ValueError where the layers of a model cannot run side by side."""
     if model.variant.recurrent:
-        raise ValueError(f"the memory of {model.config.variant!r} goes from a segment's last layer to "
-                         "the next one's first layer, so that no two segments can run side by side: "
-                         "use unroll")
+        raise ValueError(f"the memory of {model.config.variant!r} goes from a segment's last layer "
+                         "to the next one's first layer, so that no two segments can run side by "
+                         "side: use unroll")
     if not isinstance(model.backbone, Transformer):
-        raise ValueError(f"unroll_diagonal needs the layers of a Transformer, and the backbone is a "
-                         f"{type(model.backbone).__name__}: use unroll")
+        kind = type(model.backbone).__name__
+        raise ValueError(f"unroll_diagonal runs the layers of a Transformer side by side, and a "
+                         f"{kind} may have none: use unroll")
     for module in model.backbone.blocks[0].modules():
-        known = type(module) in (nn.Linear, nn.LayerNorm)
-        if not known and list(module.parameters(recurse=False)):
-            raise ValueError(f"unroll_diagonal stacks the weights of nn.Linear and nn.LayerNorm, and "
-                             f"a {type(module).__name__} of this layer has its own: use unroll")
+        stackable = type(module) in (nn.Linear, nn.LayerNorm)
+        if not stackable and list(module.parameters(recurse=False)):
+            kind = type(module).__name__
+            raise ValueError(f"unroll_diagonal stacks nn.Linear and nn.LayerNorm, and a {kind} of "
+                             "this layer has other weights: use unroll")
