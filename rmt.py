@@ -1176,7 +1176,7 @@ def validate_tokens(model: RMT, tokens: Tensor, check_range: bool = True):
                          "neither of them 0")
     if check_range and not torch.compiler.is_compiling():
         V = model.config.vocab_size
-        low, high = tokens.aminmax()
+        low, high = tokens.min().item(), tokens.max().item()
         if low < 0 or high >= V:
             raise ValueError(f"tokens reach from {low} to {high}, and vocab_size={V} allows "
                              f"0 .. {V - 1}")

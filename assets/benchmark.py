@@ -70,7 +70,7 @@ SIZES = {
     "tiny":  Size(Config("rmt", 256, 32,  4,  1,  64,  4), 8, 4),
     "S":     Size(Config("rmt", 256, 128, 4,  4,  256, 8), 8, 4),    # 3 M parameters
     "M":     Size(Config("rmt", 256, 256, 6,  6,  384, 16), 4, 4),   # 11 M parameters
-    "L":     Size(Config("rmt", 256, 512, 12, 12, 768, 16), 1, 4),   # 85 M parameters
+    "L":     Size(Config("rmt", 256, 512, 14, 12, 768, 16), 1, 4),   # 100 M parameters
 }
 
 
@@ -593,7 +593,7 @@ def hardware(device):
         return torch.cuda.get_device_name()
     name = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         name = re.findall(r"model name\s*:\s*(.+)", lines + f"model name: {name}")[0]
     return f"{platform.machine()} {name}, 1 thread"
 
@@ -617,7 +617,7 @@ def about(args):
 def kept(path, mine):
     """The sections of an earlier record, if hardware and versions were the same."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         same = all(record["about"][key] == mine[key] for key in ("versions", "hardware", "quick"))
         return record["sections"] if same else {}
     except (OSError, ValueError, KeyError, TypeError):
@@ -627,7 +627,7 @@ def kept(path, mine):
 def write(path, record):
     """Write the record whole, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -646,15 +646,16 @@ def arguments():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="everything tiny, a smoke test")
     parser.add_argument("--seed", type=int, default=0, help="of weights and tokens")
-    parser.add_argument("--out", type=Path, help="file to write, default "
-                        "assets/results/speed.json; with --quick none")
+    parser.add_argument("--out", type=Path, help="file to write; default: speed.json, on "
+                        "a GPU speed-cuda.json, in assets/results; with --quick none")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     if not 0 <= args.seed < 2**31:
         parser.error(f"--seed {args.seed} must be from 0 to {2**31 - 1}")
     if args.out is None and not args.quick:
-        args.out = ROOT / "assets" / "results" / "speed.json"
+        name = "speed.json" if args.device == "cpu" else f"speed-{args.device}.json"
+        args.out = ROOT / "assets" / "results" / name
     if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
         parser.error(f"--out {args.out} must be a file in a folder that exists")
     args.seconds = 0 if args.quick else 3  # a race takes so long, and at least so many turns
