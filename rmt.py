@@ -25,13 +25,14 @@ loop; `unroll` is the same loop with its options:
 The file has three parts. Part I is the Recurrent Memory Transformer, whole; you can stop after it.
 Part II adds its relatives, one mechanism after the other: each is a layer, its equations, and its
 row of the table VARIANTS. Part III puts a model to work: it generates text, shows where a model
-looks, and runs many segments at once where that is possible.
+looks, and runs many segments at once where that is possible. The comment "Departure" stands where
+this file differs from a paper.
 
 Glossary
     B  batch size      T  segment_len, tokens of a segment    V  vocab_size
     D  d_model         M  n_mem, memory tokens                L  n_layer
-    H  n_head          E  D / H, channels of one head         C  cache_len, "mem_len" in [TXL]
-    N  all rows of a segment, read + tokens + write           K  features of an associative key
+    H  n_head          E  D / H, channels of one head         K  features of an associative key
+    N  rows of a segment: read + tokens + write               C  cached positions, at most cache_len
 
     memory          (B, M, D), "mem_t" in [RMT]; it goes over the top
     read, write     the memory tokens before and after the tokens of a segment
@@ -74,7 +75,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes and choices of one model. Raises ValueError with field, value and rule."""
+    """The sizes and choices of one model. Raises ValueError naming field, value and rule."""
     variant: str = "rmt"        # a row of VARIANTS
     vocab_size: int = 64        # V
     segment_len: int = 32       # T, tokens
@@ -89,13 +90,13 @@ class Config:
     memory_form: str = "norm"    # the written rows after the final norm, or "raw": before it
     write_slot: str = "memory"   # what the write rows are fed: the incoming memory, a learned
                                  # "embedding", or the sum of "both"
-    memory_noise: float = 0.0    # in training, noise on the memory: up to this fraction of its size
+    memory_noise: float = 0.0    # in training: noise, scaled by 0 to this times the memory's RMS
 
     # Part II: transformer_xl and rmt_xl
-    cache_len: int = 32          # C, positions that every layer caches
-    carry_dropout: float = 0.0   # in training, how often a sequence with memory loses its carry
+    cache_len: int = 32          # positions that every layer caches, "mem_len" in [TXL]
+    carry_dropout: float = 0.0   # rmt_xl, in training: how often a sequence loses its carry
     # Part II: mem_bottleneck
-    window: int = 0              # how far a token sees other tokens, beside memory
+    window: int = 0              # how far a token sees other tokens, besides memory
     # Part II: armt
     d_assoc: int = 16            # channels of an associative key, which become K = 2 nu d_assoc
     nu: int = 3                  # products that the feature map makes of every channel
@@ -106,12 +107,12 @@ class Config:
 
 
 class State(NamedTuple):
-    """All that crosses a segment boundary: plain tensors, which no module keeps.
+    """All that crosses a segment boundary: plain tensors, owned by no module.
 
     `torch.save(tuple(state), path)` stores a state, `State(*torch.load(path))` brings it back.
     """
     memory: Tensor  # (B, M, D); (B, 0, D) where no memory goes over the top
-    carry: tuple    # nested tuples of tensors (B, ...); here one tuple for every layer
+    carry: tuple    # nested tuples of tensors (B, ...); in Transformer, one tuple per layer
 
     def detach(self) -> State:
         """The same values, cut off from the graph that computed them."""
@@ -237,7 +238,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def init_weights(self):
-        """Start weights that begin in a way of their own, after RMT has drawn all; here none."""
+        """Called after RMT has drawn all matrices: a layer may set some of its own. Here: none."""
 
     def initial_carry(self, batch_size: int) -> tuple:
         """What the first segment carries in: a tuple of tensors (B, ...), here none."""
@@ -252,7 +253,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The backbone: L layers. It does not know that some of its rows are memory.
+    """The backbone: L layers. Plain layers treat all rows alike, those of memory too.
 
     Any module with `initial_carry(batch_size)` and `forward(x, layout, carry) -> (x, carry)` can
     take its place.
@@ -288,9 +289,10 @@ def segment_mask(n_read: int, n_cache: int, n_tokens: int, n_write: int, form: s
             write    x x    . .    x x x   x x       write rows see the segment and each other
                      x x    . .    x x x   x x
 
-    The form "causal" is the lower triangle of this picture, in the form "full" every row sees all.
-    With a window (Part II), a token sees other tokens at most so far away, and not itself.
-    Raises ValueError for a form that there is not.
+    In the form "causal" a row sees itself and the rows before it; all but the read rows see the
+    cache too. In the form "full" every row sees every column. With a window (Part II), a token sees
+    the other tokens at most that many positions away, but not itself.
+    Raises ValueError for an unknown form.
     """
     if form not in ("paper", "causal", "full"):
         raise ValueError(f"mask form {form!r} must be 'paper', 'causal' or 'full'")
@@ -327,19 +329,20 @@ class Variant(NamedTuple):
 VARIANTS = {
     #                          read   write  recurrent  mask
     "transformer":     Variant(False, False, False,     "causal"),  # no memory
-    "mem_transformer": Variant(True,  False, False,     "paper"),   # [MT], as a decoder
+    "mem_transformer": Variant(True,  False, False,     "paper"),   # [MT]; memory sees no token
     "rmt":             Variant(True,  True,  True,      "paper"),   # [RMT] sec. 3
-    "rmt_causal":      Variant(True,  True,  True,      "causal"),  # the authors' later code
-    "rmt_encoder":     Variant(True,  False, True,      "full"),    # [RMT-1M]
+    "rmt_causal":      Variant(True,  True,  True,      "causal"),  # every row is causal
+    "rmt_encoder":     Variant(True,  False, True,      "full"),    # [RMT-1M]; sees later tokens
 }
 
 
 class RMT(nn.Module):
-    """Memory tokens around a backbone that does not know they are there. It runs one segment.
+    """Memory tokens around a backbone. It runs one segment.
 
     backbone  a module of yours in place of Transformer, for variants of plain layers
     embed     a module of yours, tokens (B, T) -> rows (B, T, D)
-    head      a module of yours, rows (B, T, D) as the backbone leaves them -> logits (B, T, V)
+    head      a module of yours, rows (B, T, D) as the backbone leaves them -> logits (B, T, V). It
+              replaces the final norm too, so that memory_form "norm" and "raw" are then the same
     Parts of yours keep their weights; ours go to their device and dtype.
     Raises ValueError where the config does not fit its variant or the parts.
     """
@@ -354,13 +357,14 @@ class RMT(nn.Module):
         self.n_read = config.n_mem if self.variant.read else 0
         self.n_write = config.n_mem if self.variant.write else 0
         self.n_cache = config.cache_len if self.variant.cache else 0
+        n_mem = max(self.n_read, self.n_write)
         n_embedding = self.n_write if config.write_slot != "memory" else 0
 
         # The modules. Yours are those that came as arguments.
         yours = {"backbone": backbone, "embed": embed, "head": head}
         where = place_of(yours.values())
         self.embed = nn.Embedding(V, D, **where) if embed is None else embed
-        self.memory = nn.Parameter(torch.empty(max(self.n_read, self.n_write), D, **where))
+        self.memory = nn.Parameter(torch.empty(n_mem, D, **where))  # of the first segment
         self.write_embedding = nn.Parameter(torch.empty(n_embedding, D, **where))
         if backbone is None:
             backbone = Transformer(config, self.variant.block).to(**where)
@@ -381,11 +385,11 @@ class RMT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, keep: tuple = ()):
-        """Draw all matrices but those whose names begin with one of keep. Norms start at 1."""
+        """Draw all matrices, except those whose names begin with a prefix in keep."""
         for name, weight in self.named_parameters():
             if weight.dim() != 2 or name.startswith(keep):
                 continue
-            # Models this small learn far faster from this than from GPT-2's 0.02 everywhere.
+            # Models of this size learn far faster from this than from GPT-2's 0.02.
             std = 0.7 / math.sqrt(weight.size(1))
             if name.endswith(("attn.out.weight", "mlp.2.weight")):
                 std = std / math.sqrt(2 * self.config.n_layer)  # they end the residual branches
@@ -420,7 +424,7 @@ class RMT(nn.Module):
         rows = self.wrap(tokens, state.memory)                                  # (B, N, D)
         x, carry = self.backbone(rows, layout, self.drop_carry(state.carry))    # (B, N, D)
         if x.shape != rows.shape:
-            raise ValueError(f"the backbone makes {tuple(x.shape)} of rows {tuple(rows.shape)}: "
+            raise ValueError(f"the backbone turns rows {tuple(rows.shape)} into {tuple(x.shape)}: "
                              "it must keep their shape")
 
         read, hidden, write = layout.split(x)
@@ -436,7 +440,7 @@ class RMT(nn.Module):
             memory = self.memory.expand(len(tokens), -1, -1)  # the same in every segment
         read = memory[:, :self.n_read]
         write = memory[:, :self.n_write]
-        # Departure: [RMT] feeds the incoming memory alone to the write rows.
+        # Departure, where it is chosen: [RMT] feeds the write rows the incoming memory alone.
         if self.config.write_slot == "embedding":
             write = self.write_embedding.expand_as(write)
         elif self.config.write_slot == "both":
@@ -459,8 +463,8 @@ class RMT(nn.Module):
     def layout(self, n_tokens: int, n_cache: int = 0) -> Layout:
         """The layout of a segment of n_tokens, after n_cache cached positions.
 
-        Positions count along a full cache: the tokens always stand at one distance from the read
-        memory, and cached positions right before the tokens that followed them.
+        Positions are those of a full cache: the distance from read memory to the tokens never
+        changes, and cached positions come right before the tokens that followed them.
         """
         mask = self.full_mask
         if (n_tokens, n_cache) != (self.config.segment_len, self.n_cache):
@@ -486,19 +490,21 @@ class RMT(nn.Module):
         return segment_mask(self.n_read, n_cache, n_tokens, self.n_write, self.variant.mask,
                             window, self.memory.device)
 
-    def cached(self, state: State) -> int:
-        """How many positions the caches of a state hold (Part II)."""
-        if self.n_cache == 0:
-            return 0
-        return state.carry[0][0].size(1)
-
     def state_floats(self) -> int:
         """How many floats of each sequence cross a boundary, once the caches are full."""
         floats = sum(leaf.numel() for leaf in tree_leaves(self.initial_state(1)))
         return floats + self.config.n_layer * self.n_cache * self.config.d_model
 
+    # What the layers of Part II need.
+
+    def cached(self, state: State) -> int:
+        """How many positions the caches of a state hold."""
+        if self.n_cache == 0:
+            return 0
+        return state.carry[0][0].size(1)
+
     def drop_carry(self, carry: tuple) -> tuple:
-        """In training, some sequences lose their carry (it is 0) and must use memory (Part II)."""
+        """In training, set the carry of some sequences to 0: they must use memory."""
         rate = self.config.carry_dropout
         if not (self.training and self.variant.recurrent and rate > 0 and tree_leaves(carry)):
             return carry
@@ -506,7 +512,8 @@ class RMT(nn.Module):
         kept = torch.rand(batch_size, device=self.memory.device) >= rate
 
         def drop(t):
-            return t * kept.view(-1, *[1] * (t.dim() - 1))
+            shape = [batch_size] + [1] * (t.dim() - 1)
+            return t * kept.view(shape)
         return tree_map(drop, carry)
 
 
@@ -526,8 +533,8 @@ def unroll(model: RMT, tokens: Tensor, state: State | None = None, bptt_depth: i
     state       where to start; default: the initial state. To train on a stream in pieces, hand the
                 returned state on with state.detach().
     bptt_depth  how many segment boundaries gradient may cross: None all of them, 0 none. Cuts are
-                counted from the end, so the loss of the last segment reaches back exactly
-                bptt_depth segments, and that of any other segment at most so many.
+                counted from the end: the loss of the last segment reaches back bptt_depth segments,
+                or to the start, and that of any other segment at most that far.
     checkpoint  keep only the states, and compute each segment again in the backward pass.
     last_only   return the logits of the last segment only. Without gradient, a million tokens then
                 take the memory of one segment.
@@ -574,7 +581,8 @@ def gradient_stops(s: int, n_segments: int, bptt_depth: int | None) -> bool:
 
 # Transformer-XL caches the inputs of every layer [TXL] sec. 3.2:
 #
-#     h~ = [SG(cache) ; h]      SG: no gradient        q = W_q h      k, v = W_k h~, W_v h~
+#     h~ = [SG(cache) ; h]      SG: no gradient into the cache; norms are left out here
+#     q = W_q h                 k, v = W_k h~, W_v h~
 #
 # What crosses a boundary: L C D floats; in rmt_xl also the M D of memory [RMT] sec. 3.
 
@@ -618,20 +626,20 @@ VARIANTS["rmt_xl"] = Variant(
     read=True, write=True, recurrent=True, mask="paper", block=CacheBlock, cache=True)
 
 
-# The Memory Transformer has two more forms [MT] sec. 3. In both a layer first updates its memory
-# rows, and then the rows of the tokens:
+# The Memory Transformer has two more forms [MT] sec. 3. In both, memory and tokens are updated in
+# two steps (a stroke marks what is new):
 #
-#     controller    memory = layer'([memory ; tokens])     layer' has weights of its own
-#                   tokens = layer([memory ; tokens])
-#     bottleneck    memory = layer([memory ; tokens])
-#                   tokens = layer([memory ; tokens near this one]), where memory is new already
+#     controller    memory' = layer'([memory ; tokens])     layer' has weights of its own
+#                   tokens' = layer([memory ; tokens])      both steps see the old rows
+#     bottleneck    memory' = layer([memory ; tokens])
+#                   tokens' = layer([memory' ; other tokens in the window])
 #
 # Departure: the paper has one segment; here memory is handed on, M D floats, as in rmt (a decoder)
 # or in rmt_encoder. The window of the bottleneck is ours: in the paper tokens see memory only.
 
 
 def memory_rows(layout: Layout) -> Tensor:
-    """The numbers of the rows that are memory: the first n_read and the last n_write of them."""
+    """The indices (2 M or M,) of the memory rows: the first n_read and the last n_write rows."""
     first_write = layout.n_read + layout.n_tokens
     read = torch.arange(layout.n_read)
     write = torch.arange(first_write, first_write + layout.n_write)
@@ -668,10 +676,11 @@ class ControllerBlock(Block):
 
 
 class BottleneckBlock(Block):
-    """Tokens see the segment through memory, which has read it just before.
+    """Memory rows are updated first, and tokens see the new memory; the mask keeps tokens apart.
 
-    That tokens do not see each other, or through a window only, is the work of the mask. Both steps
-    have the same weights.
+    In the encoder form that memory has read the whole segment. In the decoder form tokens see the
+    read memory, which sees no token: what is beyond the window reaches them in the next segment.
+    Both steps have the same weights.
     """
 
     def forward(self, x: Tensor, layout: Layout, carry: tuple) -> tuple[Tensor, tuple]:
@@ -694,13 +703,15 @@ VARIANTS["mem_bottleneck_encoder"] = Variant(
 
 
 # The Associative Recurrent Memory Transformer: a matrix A in every layer, which all rows read and
-# the write rows m rewrite after the layer [ARMT] sec. 3. phi makes K features, and unit length.
+# the write rows m rewrite after the layer [ARMT] sec. 3. phi makes K features of unit length.
 #
 #     read     h += A phi(W_q h)
 #     write    k = phi(W_k m)    v = W_v m    beta = sigmoid(W_b m + b)       for each write row
+#              beta_i /= max(1, sum over j of (k_i . k_j) beta_j)             keys that are alike
 #              A += sum of beta (v - A k) k^T                                 over the write rows
 #
-# That is update "delta". The published one, "armt", does not scale phi and keeps a normaliser z:
+# That is update "delta", a departure. The published one, "armt", has the plain beta, a phi that is
+# not scaled, and a normaliser z:
 #
 #     read     h += A phi(W_q h) / (z . phi(W_q h) + eps)       likewise A k / (z . k + eps) for A k
 #     write    gamma = clip(1 - (z . k + eps) / (|k|^2 + eps), 0, 1)          how new is the key?
@@ -713,7 +724,8 @@ VARIANTS["mem_bottleneck_encoder"] = Variant(
 def feature_map(x: Tensor, nu: int) -> Tensor:
     """DPFP, a deterministic parameter-free projection [ARMT]: x (..., d) -> (..., 2 nu d).
 
-    With r = [relu(x) ; relu(-x)], the features are the products r_i r_{i - j} for j = 1 .. nu.
+    With r = [relu(x) ; relu(-x)], the features are the products r_i r_{i - j} for j = 1 .. nu; the
+    last r comes before the first.
     """
     r = torch.cat([x.relu(), (-x).relu()], dim=-1)
     products = [r * r.roll(shift, dims=-1) for shift in range(1, nu + 1)]
@@ -723,7 +735,7 @@ def feature_map(x: Tensor, nu: int) -> Tensor:
 class AssociativeBlock(Block):
     """Every row reads a matrix before the layer; the write rows rewrite it after the layer [ARMT].
 
-    The carry is (A, z): A (B, D, K), z (B, K), or (B, 0) but for update "armt". Both are float32 or
+    The carry is (A, z): A (B, D, K); z (B, K) for update "armt", else (B, 0). Both are float32 or
     wider, under autocast too.
     """
 
@@ -739,7 +751,9 @@ class AssociativeBlock(Block):
         self.w_b = nn.Linear(D, 1)
 
     def init_weights(self):
-        """Untrained, the memory says nothing. Departure: a row looks where it would write."""
+        """W_v = 0: an untrained memory says nothing. Departure, W_k = W_q: a row reads where it
+        would write.
+        """
         self.w_v.weight.zero_()
         self.w_k.weight.copy_(self.w_q.weight)
 
@@ -762,14 +776,14 @@ class AssociativeBlock(Block):
         return x, (A, z)
 
     def features(self, x: Tensor) -> Tensor:
-        """x (B, n, d_assoc) -> phi (B, n, K); of unit length, but for update "armt"."""
+        """x (B, n, d_assoc) -> phi (B, n, K), of unit length except for update "armt"."""
         phi = feature_map(x.to(torch.promote_types(x.dtype, torch.float32)), self.nu)
         if self.update == "armt":
             return phi
         return phi / (phi.norm(dim=-1, keepdim=True) + self.eps)
 
     def read(self, phi: Tensor, A: Tensor, z: Tensor) -> Tensor:
-        """What the memory says of the features phi (B, n, K): (B, n, D)."""
+        """What the memory answers to the features phi (B, n, K): (B, n, D)."""
         with torch.autocast(phi.device.type, enabled=False):
             value = phi @ A.mT
             if self.update == "armt":
@@ -783,10 +797,10 @@ class AssociativeBlock(Block):
         beta = self.w_b(m).to(A.dtype).sigmoid()           # (B, M, 1)
         with torch.autocast(m.device.type, enabled=False):
             if self.update != "hebbian":
-                v = v - self.read(k, A, z)                 # what A does not say yet
+                v = v - self.read(k, A, z)                 # what A does not know yet
             if self.update == "delta":
-                # Write rows with alike keys share one step. No eigenvalue of sum of beta k k^T is
-                # above 1 then, so that A stays bounded; without this, 16 rows let it explode.
+                # Write rows with alike keys share one step: no eigenvalue of sum of beta k k^T is
+                # above 1 then, and no write amplifies what A held. Else 16 rows can make A explode.
                 beta = beta / (k @ k.mT @ beta).clamp(min=1)
             if self.update == "armt":
                 z = z + self.newness(k, z).mul(k).sum(dim=1)
@@ -798,7 +812,8 @@ class AssociativeBlock(Block):
         length = k.square().sum(dim=-1, keepdim=True)
         gamma = 1 - (known + self.eps) / (length + self.eps)
         gamma = gamma.clamp(0, 1).detach()
-        return torch.where(known == 0, 1.0, gamma)  # the paper's equation, which has no eps
+        # The paper's equation has no eps: where nothing is known yet, gamma is 1.
+        return torch.where(known == 0, 1.0, gamma)
 
 
 VARIANTS["armt"] = Variant(
@@ -813,16 +828,16 @@ VARIANTS["armt"] = Variant(
 @torch.no_grad()
 def stream(model: RMT, tokens: Tensor, state: State | None = None, temperature: float = 1.0,
            top_k: int | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """Continue tokens (B, length), which begin at a segment boundary: yield new tokens for ever.
+    """Continue tokens (B, length), which begin at a segment boundary: yield new tokens forever.
 
-    A new token (B, 1) costs one row: keys and values of the earlier rows are kept until the segment
-    is full and hands its state on. (Layers of yours that do not use Attention, or a backbone of
-    yours, compute the segment again for every token.) Call model.eval() first.
+    A new token (B, 1) costs one row, since the keys and values of earlier rows are kept; a segment
+    that is full runs once more, for its state. Layers of yours that do not use Attention, and
+    backbones of yours, compute the segment again for every token. Call model.eval() first.
 
     temperature  0 takes the most likely token, 1 samples the model's distribution
-    top_k        sample among so many most likely tokens only
+    top_k        sample among this many most likely tokens only
     generator    where the random numbers come from
-    Raises TypeError or ValueError with the first token.
+    Raises TypeError or ValueError when the first token is asked for.
     """
     validate_tokens(model, tokens)
     validate_sampling(model, temperature, top_k)
@@ -864,16 +879,17 @@ class SegmentDecoder:
         self.state = state
         self.layout = model.layout(model.config.segment_len, model.cached(state))
         self.kv_cache = {}
-        self.n_rows = 0  # whose keys and values are in the kv_cache
+        self.n_rows = 0  # rows whose keys and values are in the kv_cache
 
     def next_logits(self, segment: Tensor) -> Tensor:
         """The segment so far (B, t), longer than last time -> logits (B, V) of its next token."""
         model = self.model
-        start = self.n_rows
-        end = model.n_read + segment.size(1)
-        new_tokens = segment[:, max(0, start - model.n_read):]
-        rows = model.wrap(new_tokens, self.state.memory)
-        rows = rows[:, :rows.size(1) - model.n_write][:, start - end:]
+        start = self.n_rows                        # the first row that was not computed yet
+        end = model.n_read + segment.size(1)       # one after the last token's row
+        if start == 0:
+            rows = model.wrap(segment, self.state.memory)[:, :end]  # without the write rows
+        else:
+            rows = model.dropout(model.embed(segment[:, start - model.n_read:]))
         x, _ = model.backbone(rows, self.part(start, end), self.state.carry)
         if self.kv_cache:  # otherwise the layers keep nothing, and need all rows again
             self.n_rows = end
@@ -917,8 +933,8 @@ def attention_maps(model: RMT, tokens: Tensor, state: State | None = None
                    ) -> tuple[Tensor, list[int]]:
     """Where a model looks: the attention weights of one segment, tokens (B, T or fewer).
 
-    Returns weights (L, B, H, N, C + N), rows that look by columns that are seen, and the widths of
-    the blocks of columns: `read, cache, tokens, write = weights.split(widths, dim=-1)`. Works for
+    Returns weights (L, B, H, N, C + N), where row n looks at column m, and the widths of the blocks
+    of columns: `read, cache, tokens, write = weights.split(widths, dim=-1)`. Works for
     any backbone whose layers call F.scaled_dot_product_attention, and raises ValueError for others.
     """
     if state is None:
@@ -971,7 +987,7 @@ def attention_weights(q, k, mask, is_causal, scale) -> Tensor:
 def unroll_diagonal(model: RMT, tokens: Tensor, state: State | None = None,
                     bptt_depth: int | None = None, checkpoint: bool = False,
                     last_only: bool = False) -> tuple[Tensor, State]:
-    """`unroll` in S + L - 1 steps instead of S L, with the same numbers [DB].
+    """`unroll` for S segments in S + L - 1 steps instead of S L, equal up to rounding [DB].
 
     Where no memory goes over the top, segment s in layer l needs two things only: its rows from
     layer l - 1, and what layer l carries out of segment s - 1. So all cells with one s + l run at
@@ -982,8 +998,8 @@ def unroll_diagonal(model: RMT, tokens: Tensor, state: State | None = None,
             layer 1      1   2   3   4   5       the step in which each cell runs
             layer 2      2   3   4   5   6
 
-    Equal to `unroll` but for rounding and the random numbers of dropout. Segments of another shape
-    run one by one: the first ones, until a cache is full, and a last one that is short.
+    The random numbers of dropout differ. Segments that cannot join run one by one, and without
+    checkpoint: the first ones, until a cache is full, and a last one that is short.
     Raises what unroll raises, and ValueError for models whose layers cannot run side by side.
     """
     validate_diagonal(model)
@@ -1054,13 +1070,15 @@ def along_diagonals(model, segments, cuts, state, checkpoint, outputs) -> State:
         if busy.stop == L:
             _, hidden, _ = layout.split(rows[L])
             outputs.append(model.head(model.norm(hidden)))
-    return State(state.memory, tree_map(torch.clone, tuple(carry)))  # no views of whole diagonals
+    carry = tree_map(torch.clone, tuple(carry))  # a view would keep its whole diagonal alive
+    return State(state.memory, carry)
 
 
 def side_by_side(blocks) -> nn.Module:
     """One layer that computes several of the blocks at once, with their weights stacked."""
-    shared = {id(weight): weight for weight in blocks[0].parameters()}
-    layer = copy.deepcopy(blocks[0], shared)  # modules of its own, without copies of the weights
+    # deepcopy takes what stands in its memo from there: here the weights, which need no copies.
+    memo = {id(weight): weight for weight in blocks[0].parameters()}
+    layer = copy.deepcopy(blocks[0], memo)
     for name, module in list(layer.named_modules(remove_duplicate=False)):
         same_place = [block.get_submodule(name) for block in blocks]
         if type(module) is nn.Linear:
@@ -1081,7 +1099,7 @@ class Stacked(nn.Module):
             self.all_biases = torch.stack([module.bias for module in modules])
 
     def select(self, busy: range):
-        """Compute with the weights of these l layers: weight and bias (l, ...)."""
+        """Compute with the weights of these n layers: weight and bias (n, ...)."""
         self.weight, self.bias = self.all_weights, self.all_biases
         if len(busy) < len(self.all_weights):
             self.weight = self.weight[busy.start:busy.stop]
@@ -1090,7 +1108,7 @@ class Stacked(nn.Module):
 
 
 class StackedLinear(Stacked):
-    """The nn.Linear of l layers: rows x (l B, ..., in) -> (l B, ..., out)."""
+    """The nn.Linear of n layers: rows x (n B, ..., in) -> (n B, ..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.reshape(len(self.weight), -1, x.size(-1)) @ self.weight.mT
@@ -1100,7 +1118,7 @@ class StackedLinear(Stacked):
 
 
 class StackedLayerNorm(Stacked):
-    """The nn.LayerNorm of l layers: rows x (l B, ..., D) -> rows of the same shape."""
+    """The nn.LayerNorm of n layers: rows x (n B, ..., D) -> rows of the same shape."""
 
     def __init__(self, modules: list[nn.LayerNorm]):
         super().__init__(modules)
@@ -1142,13 +1160,13 @@ def validate_config(config: Config):
         value = getattr(config, name)
         if value not in allowed:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
-    pairs = 2 * config.n_head
-    if config.d_model % pairs != 0:
-        raise ValueError(f"d_model={config.d_model} must be divisible by 2 * n_head={pairs}: "
+    divisor = 2 * config.n_head
+    if config.d_model % divisor != 0:
+        raise ValueError(f"d_model={config.d_model} must be divisible by 2 * n_head={divisor}: "
                          "rotary positions turn pairs of channels")
     if config.nu >= config.d_assoc:
         raise ValueError(f"nu={config.nu} must be below d_assoc={config.d_assoc}: some features "
-                         "would be zero for ever")
+                         "would be zero forever")
 
 
 def validate_model(config: Config, backbone, embed, head):
@@ -1191,7 +1209,8 @@ def validate_depth(bptt_depth: int | None):
 
 def validate_segment(model: RMT, tokens: Tensor):
     """Raise TypeError or ValueError unless tokens are one segment (B, T or fewer)."""
-    on_cpu = isinstance(tokens, Tensor) and tokens.is_cpu  # a GPU would wait for the answer
+    # On a GPU, looking at the tokens would make the program wait for it in every segment.
+    on_cpu = isinstance(tokens, Tensor) and tokens.is_cpu
     validate_tokens(model, tokens, check_range=on_cpu)
     T = model.config.segment_len
     if tokens.size(1) > T:
@@ -1218,9 +1237,9 @@ def validate_state(model: RMT, state: State, tokens: Tensor):
 
 
 def state_form(state: State) -> list:
-    """What all states of a model share: the shape of memory, the last axis of what is carried."""
+    """What all states of a model share: memory's shape, and the last axis of what is carried."""
     carried = tree_leaves(state.carry)
-    return [state.memory.shape[1:]] + [leaf.shape[1:][-1:] for leaf in carried]
+    return [state.memory.shape[1:]] + [leaf.shape[1:][-1:] for leaf in carried]  # never the batch
 
 
 def validate_sampling(model: RMT, temperature: float, top_k: int | None):

@@ -25,7 +25,21 @@ from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 
-from assets.run import RANK, RANKS, fail, fetch, fill, load, parse, save, setup, start, write, write_flags, write_report
+from assets.run import (
+    RANK,
+    RANKS,
+    fail,
+    fetch,
+    fill,
+    load,
+    parse,
+    save,
+    setup,
+    start,
+    write,
+    write_flags,
+    write_report,
+)
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
