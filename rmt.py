@@ -132,6 +132,8 @@ def tree_leaves(tree) -> list[Tensor]:
     """The tensors of nested tuples: `sum(t.numel() for t in tree_leaves(state))` counts floats."""
     if isinstance(tree, Tensor):
         return [tree]
+    if not isinstance(tree, tuple):
+        raise TypeError(f"a state holds a {type(tree).__name__} and must hold tensors, in tuples")
     leaves = []
     for branch in tree:
         leaves.extend(tree_leaves(branch))
@@ -162,8 +164,8 @@ class Layout(NamedTuple):
 
 
 def rotary_table(n_positions: int, width: int) -> Tensor:
-    """cos and sin of every position's angles, (n_positions, width / 2, 2) [RoPE]."""
-    frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    """cos and sin of every position's angles, (n_positions, width / 2, 2), in float64 [RoPE]."""
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(n_positions)[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
@@ -376,7 +378,7 @@ class RMT(nn.Module):
             self.head.weight = self.embed.weight
 
         n_positions = self.n_read + self.n_cache + config.segment_len + self.n_write
-        table = rotary_table(n_positions, D // config.n_head).to(**where)
+        table = rotary_table(n_positions, D // config.n_head).to(self.memory)
         self.register_buffer("rotary_table", table, persistent=False)
         full_mask = self.mask(config.segment_len, self.n_cache)
         self.register_buffer("full_mask", full_mask, persistent=False)
@@ -466,6 +468,9 @@ class RMT(nn.Module):
         Positions are those of a full cache: the distance from read memory to the tokens never
         changes, and cached positions come right before the tokens that followed them.
         """
+        causal = False
+        if self.variant.mask == "causal" and n_cache == 0 and not self.variant.window:
+            causal = True
         mask = self.full_mask
         if (n_tokens, n_cache) != (self.config.segment_len, self.n_cache):
             mask = self.mask(n_tokens, n_cache)
@@ -479,7 +484,7 @@ class RMT(nn.Module):
             n_tokens=n_tokens,
             n_write=self.n_write,
             mask=mask,
-            causal=self.variant.mask == "causal" and n_cache == 0 and not self.variant.window,
+            causal=causal,
             row_rotation=torch.cat([table[:self.n_read], table[first:end]]),
             column_rotation=torch.cat([table[:self.n_read], table[first - n_cache:end]]),
         )
@@ -611,9 +616,10 @@ class CacheBlock(Block):
             read, tokens, write = layout.split(h)
             context = torch.cat([read, self.norm_1(cache), tokens, write], dim=1)
 
-        _, tokens, _ = layout.split(x)
-        cache = torch.cat([cache, tokens], dim=1)[:, -self.cache_len:]
-        cache = cache.detach().clone()  # a view would keep all rows of its segment alive
+        if layout.kv_cache is None:  # Part III runs a segment that is full once more, for its state
+            _, tokens, _ = layout.split(x)
+            cache = torch.cat([cache, tokens], dim=1)[:, -self.cache_len:]
+            cache = cache.detach().clone()  # a view would keep all rows of its segment alive
 
         x = x + self.dropout(self.attn(h, context, layout))
         x = x + self.dropout(self.mlp(self.norm_2(x)))
@@ -718,6 +724,7 @@ VARIANTS["mem_bottleneck_encoder"] = Variant(
 #              z += sum of gamma k                                            no gradient in gamma
 #
 # "hebbian" is delta without the correction: A += sum of beta v k^T.
+# In "delta" no write amplifies what A held; the other two have no such bound.
 # What crosses a boundary: L D K floats, for "armt" also the L K of z.
 
 
@@ -831,8 +838,10 @@ def stream(model: RMT, tokens: Tensor, state: State | None = None, temperature: 
     """Continue tokens (B, length), which begin at a segment boundary: yield new tokens forever.
 
     A new token (B, 1) costs one row, since the keys and values of earlier rows are kept; a segment
-    that is full runs once more, for its state. Layers of yours that do not use Attention, and
-    backbones of yours, compute the segment again for every token. Call model.eval() first.
+    that is full runs once more, for its state. Call model.eval() first.
+
+    A layer of yours must mix rows in Attention alone, each in an Attention of its own. Layers that
+    use no Attention, and backbones of yours, compute the segment again for every token.
 
     temperature  0 takes the most likely token, 1 samples the model's distribution
     top_k        sample among this many most likely tokens only
@@ -937,6 +946,7 @@ def attention_maps(model: RMT, tokens: Tensor, state: State | None = None
     of columns: `read, cache, tokens, write = weights.split(widths, dim=-1)`. Works for
     any backbone whose layers call F.scaled_dot_product_attention, and raises ValueError for others.
     """
+    validate_segment(model, tokens)
     if state is None:
         state = model.initial_state(len(tokens))
     attend = F.scaled_dot_product_attention
@@ -957,13 +967,13 @@ def attention_maps(model: RMT, tokens: Tensor, state: State | None = None
                          "and these do not")
 
     layout = model.layout(tokens.size(1), model.cached(state))
-    N = len(layout.mask)
     maps = []
+    of_memory = None
     for weights in seen:
-        if weights.size(-2) < N:  # a controller or bottleneck: its memory rows look first
-            of_memory = weights
+        if weights.size(-2) < len(layout.mask):
+            of_memory = weights  # in a controller or bottleneck, the memory rows look first
             continue
-        if issubclass(model.variant.block, ControllerBlock | BottleneckBlock):
+        if of_memory is not None:
             weights = weights.index_copy(-2, memory_rows(layout), of_memory)
         maps.append(weights)
     return torch.stack(maps), [layout.n_read, layout.n_cache, layout.n_tokens, layout.n_write]
@@ -999,7 +1009,8 @@ def unroll_diagonal(model: RMT, tokens: Tensor, state: State | None = None,
             layer 2      2   3   4   5   6
 
     The random numbers of dropout differ. Segments that cannot join run one by one, and without
-    checkpoint: the first ones, until a cache is full, and a last one that is short.
+    checkpoint: the first ones, until a cache is full, and a last one that is short. Layers may
+    differ in the weights of nn.Linear and nn.LayerNorm only, and must not mix sequences.
     Raises what unroll raises, and ValueError for models whose layers cannot run side by side.
     """
     validate_diagonal(model)
@@ -1041,7 +1052,7 @@ def along_diagonals(model, segments, cuts, state, checkpoint, outputs) -> State:
     def run(busy, x, carries):
         for module in layer.modules():
             if isinstance(module, Stacked):
-                module.select(busy)
+                module.select(busy, len(x))
         return layer(x, layout, carries)
 
     rows = [None] * (L + 1)    # rows[l]: what layer l reads next; rows[L]: what the last one made
@@ -1098,8 +1109,10 @@ class Stacked(nn.Module):
         if modules[0].bias is not None:
             self.all_biases = torch.stack([module.bias for module in modules])
 
-    def select(self, busy: range):
-        """Compute with the weights of these n layers: weight and bias (n, ...)."""
+    def select(self, busy: range, batch: int):
+        """Compute with the weights (n, ...) of these n layers, on rows (batch, ...)."""
+        self.n = len(busy)
+        self.batch = batch
         self.weight, self.bias = self.all_weights, self.all_biases
         if len(busy) < len(self.all_weights):
             self.weight = self.weight[busy.start:busy.stop]
@@ -1107,14 +1120,23 @@ class Stacked(nn.Module):
                 self.bias = self.bias[busy.start:busy.stop]
 
 
+    def by_layer(self, x: Tensor) -> Tensor:
+        """x (n B, ...) -> (n, B, ...)"""
+        if len(x) != self.batch:
+            raise ValueError(f"unroll_diagonal needs the batch as the first axis, and a layer gave "
+                             f"{tuple(x.shape)} to a Linear or LayerNorm: use unroll")
+        return x.unflatten(0, (self.n, -1))
+
+
 class StackedLinear(Stacked):
     """The nn.Linear of n layers: rows x (n B, ..., in) -> (n B, ..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.reshape(len(self.weight), -1, x.size(-1)) @ self.weight.mT
+        rows = self.by_layer(x).flatten(1, -2)
+        y = rows @ self.weight.mT
         if self.bias is not None:
             y = y + self.bias[:, None]
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.size(-1))
 
 
 class StackedLayerNorm(Stacked):
@@ -1126,8 +1148,8 @@ class StackedLayerNorm(Stacked):
         self.eps = modules[0].eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x, self.shape, eps=self.eps)
-        y = y.reshape(len(self.weight), -1, *self.shape) * self.weight[:, None]
+        y = self.by_layer(F.layer_norm(x, self.shape, eps=self.eps))
+        y = y.flatten(1, -1 - len(self.shape)) * self.weight[:, None]
         if self.bias is not None:
             y = y + self.bias[:, None]
         return y.view(x.shape)
@@ -1186,13 +1208,13 @@ def validate_model(config: Config, backbone, embed, head):
 
 def validate_tokens(model: RMT, tokens: Tensor, check_range: bool = True):
     """Raise TypeError or ValueError unless tokens are integers (B, length) from 0 to V - 1."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+    kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+    if kind not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"tokens are {kind} and must be integers, as in torch.tensor([[1, 2, 3]])")
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)} and must be (batch, length), "
                          "neither of them 0")
-    if check_range and not torch.compiler.is_compiling():
+    if check_range and not tokens.is_meta and not torch.compiler.is_compiling():
         V = model.config.vocab_size
         low, high = tokens.min().item(), tokens.max().item()
         if low < 0 or high >= V:
@@ -1225,7 +1247,7 @@ def validate_state(model: RMT, state: State, tokens: Tensor):
         raise TypeError(f"state is a {type(state).__name__} and must be a State: start from "
                         "model.initial_state(batch_size), or wrap what you loaded, State(*loaded)")
     leaves = tree_leaves(state)
-    fits = state_form(state) == model.state_form and all(len(leaf) == B for leaf in leaves)
+    fits = state_form(state) == model.state_form and all(t.shape[:1] == (B,) for t in leaves)
     if not fits or model.cached(state) > model.n_cache:
         shapes = [tuple(leaf.shape) for leaf in leaves]
         raise ValueError(f"a state of shapes {shapes} does not fit {model.config.variant!r} with "
@@ -1236,10 +1258,10 @@ def validate_state(model: RMT, state: State, tokens: Tensor):
                          f"tree_map(lambda t: t.to({dtype}), state)")
 
 
-def state_form(state: State) -> list:
+def state_form(state: State) -> tuple:
     """What all states of a model share: memory's shape, and the last axis of what is carried."""
-    carried = tree_leaves(state.carry)
-    return [state.memory.shape[1:]] + [leaf.shape[1:][-1:] for leaf in carried]  # never the batch
+    carried = tree_map(lambda leaf: leaf.shape[1:][-1:], state.carry)  # [1:]: never the batch
+    return state.memory.shape[1:], carried
 
 
 def validate_sampling(model: RMT, temperature: float, top_k: int | None):
@@ -1265,7 +1287,12 @@ def validate_diagonal(model: RMT):
         kind = type(model.backbone).__name__
         raise ValueError(f"unroll_diagonal runs the layers of a Transformer side by side, and a "
                          f"{kind} may have none: use unroll")
-    for module in model.backbone.blocks[0].modules():
+    first = model.backbone.blocks[0]
+    for block in model.backbone.blocks:
+        if repr(block) != repr(first) or list(block.buffers()):
+            raise ValueError("unroll_diagonal needs layers that differ in the weights of nn.Linear "
+                             "and nn.LayerNorm only: use unroll")
+    for module in first.modules():
         stackable = type(module) in (nn.Linear, nn.LayerNorm)
         if not stackable and list(module.parameters(recurse=False)):
             kind = type(module).__name__

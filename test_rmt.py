@@ -674,6 +674,14 @@ class TestEquivalence:
             assert torch.equal(unroll(other, text(11))[0], unroll(model, text(11))[0])
             assert (other.head.weight is other.embed.weight) == tie_weights
 
+    def test_positions_are_exact_whatever_the_default_dtype(self):
+        """Angles in bfloat16 gave 1,000 and 1,001 the same position."""
+        exact = rmt.rotary_table(1024, 8)
+        torch.set_default_dtype(torch.bfloat16)
+        table = build("transformer", segment_len=1024).rotary_table
+        assert table.dtype == torch.bfloat16
+        assert (table.double() - exact).abs().max() < 0.01
+
     @models(MODELS)
     def test_autocast_to_bfloat16_stays_close_to_float32(self, name):
         torch.set_default_dtype(torch.float32)
@@ -1500,8 +1508,24 @@ class Gated(StudentBlock):
         self.gate = nn.Parameter(torch.ones(()))
 
 
-VARIANTS["gated"] = VARIANTS["student"]._replace(block=Gated)
-MODELS["gated"] = {"variant": "gated"}
+class RowsFirst(StudentBlock):
+    """A layer whose feed-forward part sees the rows as the first axis, not the batch."""
+
+    def forward(self, x, layout, carry):
+        x, carry = super().forward(x, layout, carry)
+        return x + self.mlp(x.transpose(0, 1)).transpose(0, 1), carry
+
+
+for name, block in {"gated": Gated, "rows_first": RowsFirst}.items():
+    VARIANTS[name] = VARIANTS["student"]._replace(block=block)
+    MODELS[name] = {"variant": name}
+
+
+def unlike_layers():
+    """A model with one layer that is not like the others."""
+    model = build("transformer")
+    model.backbone.blocks[1].mlp[1] = nn.ReLU()
+    return model
 
 
 def segment_of(tokens, state=None, name="rmt"):
@@ -1558,7 +1582,9 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: segment_of(text(3), state_of("rmt_xl", cache_len=6), "rmt_xl"), "does not fit"),
     (lambda: segment_of(text(3), state_of("armt", nu=2), "armt"), "does not fit 'armt' with 2"),
     (lambda: segment_of(text(3), state_of("armt, published"), "armt"), "does not fit 'armt'"),
-    (lambda: segment_of(text(3), State(state_of().memory.float(), ())), "state is torch.float32"),
+    (lambda: segment_of(text(3), state_of(n_layer=3)), "does not fit 'rmt' with 2 sequences"),
+    (lambda: segment_of(text(3), State(None, ())), "a state holds a NoneType and must"),
+    (lambda: segment_of(text(3), tree_map(torch.Tensor.float, state_of())), "is torch.float32 and"),
     (lambda: unroll(build(), text(3), bptt_depth=-1), "bptt_depth=-1 must be None (gradient"),
     (lambda: unroll(build(), text(3), bptt_depth=True), "bptt_depth=True must be None (gradient"),
     (lambda: RMT(build().config, Returning(lambda x: x[:, 1:]))(text(T)),
@@ -1574,6 +1600,8 @@ ERRORS = [  # a mistake, and what its message must say
     (lambda: unroll_diagonal(build(), text(3)), "the memory of 'rmt' goes from a segment's last"),
     (lambda: unroll_diagonal(build("transformer around a GRU"), text(3)), "Recurrent may have"),
     (lambda: unroll_diagonal(build("gated"), text(3)), "a Gated of this layer has other weights"),
+    (lambda: unroll_diagonal(build("rows_first"), text(9)), "a layer gave (4, 2, 16) to a Linear"),
+    (lambda: unroll_diagonal(unlike_layers(), text(3)), "needs layers that differ in the weights"),
     (lambda: unroll_diagonal(build("armt"), text(3), bptt_depth=-1), "bptt_depth=-1 must be None"),
     (lambda: unroll_diagonal(build("armt"), text(3), state_of("armt", 3)), "does not fit 'armt'"),
 ]
