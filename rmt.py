@@ -758,11 +758,9 @@ class AssociativeBlock(Block):
         self.w_b = nn.Linear(D, 1)
 
     def init_weights(self):
-        """W_v = 0: an untrained memory says nothing. Departure, W_k = W_q: a row reads where it
-        would write.
-        """
-        self.w_v.weight.zero_()
-        self.w_k.weight.copy_(self.w_q.weight)
+        """Called after RMT has drawn all matrices."""
+        self.w_v.weight.zero_()                 # an untrained memory says nothing
+        self.w_k.weight.copy_(self.w_q.weight)  # departure: a row reads where it would write
 
     def initial_carry(self, batch_size: int) -> tuple:
         """An empty memory."""
@@ -778,8 +776,8 @@ class AssociativeBlock(Block):
         x = x + self.read(self.features(self.w_q(x)), A, z).to(x.dtype)
         x, _ = super().forward(x, layout, ())
         if layout.n_write > 0:
-            _, _, write = layout.split(x)
-            A, z = self.write(write, A, z)
+            _, _, m = layout.split(x)
+            A, z = self.write(m, A, z)
         return x, (A, z)
 
     def features(self, x: Tensor) -> Tensor:
@@ -943,8 +941,8 @@ def attention_maps(model: RMT, tokens: Tensor, state: State | None = None
     """Where a model looks: the attention weights of one segment, tokens (B, T or fewer).
 
     Returns weights (L, B, H, N, C + N), where row n looks at column m, and the widths of the blocks
-    of columns: `read, cache, tokens, write = weights.split(widths, dim=-1)`. Works for
-    any backbone whose layers call F.scaled_dot_product_attention, and raises ValueError for others.
+    of columns: `read, cache, tokens, write = weights.split(widths, dim=-1)`. Works for any backbone
+    whose layers call F.scaled_dot_product_attention, and raises ValueError for others.
     """
     validate_segment(model, tokens)
     if state is None:
@@ -1048,11 +1046,11 @@ def along_diagonals(model, segments, cuts, state, checkpoint, outputs) -> State:
     B = len(segments[0])
     layout = model.layout(model.config.segment_len, model.n_cache)
     layer = side_by_side(model.backbone.blocks)
+    stacked = [module for module in layer.modules() if isinstance(module, Stacked)]
 
     def run(busy, x, carries):
-        for module in layer.modules():
-            if isinstance(module, Stacked):
-                module.select(busy, len(x))
+        for module in stacked:
+            module.select(busy, len(x))
         return layer(x, layout, carries)
 
     rows = [None] * (L + 1)    # rows[l]: what layer l reads next; rows[L]: what the last one made
@@ -1118,7 +1116,6 @@ class Stacked(nn.Module):
             self.weight = self.weight[busy.start:busy.stop]
             if self.bias is not None:
                 self.bias = self.bias[busy.start:busy.stop]
-
 
     def by_layer(self, x: Tensor) -> Tensor:
         """x (n B, ...) -> (n, B, ...)"""
