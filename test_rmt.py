@@ -2637,7 +2637,7 @@ class TestLearning:
         assert scores["the state of another sample"] <= 0.2
 
     def test_a_fact_is_read_after_4096_segments(self, run_here):
-        run_here(train_copy, "--task detect --baseline none --eval-segments 4096 --out a")
+        run_here(train_copy, "--task memorize --baseline none --eval-segments 4096 --out a")
         assert results("a")["rmt"]["4096"]["teacher_forced"] >= 0.97
 
     def test_memory_is_worth_bits_in_language_most_of_all_where_segments_begin(self, run_here):

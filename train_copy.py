@@ -29,7 +29,7 @@ FACTS = {"model": "rmt", "segment_len": 8, "n_mem": 4, "batch": 32, "steps": 100
 PAIRS = {"model": "armt", "segment_len": 2, "n_mem": 4, "batch": 64, "steps": 1200, "lr": 3e-3, "weight_decay": 1.0,
          "curriculum": "grow", "write_slot": "memory", "memory_noise": 0.0}    # weight decay makes values last
 RECIPES = {"copy": COPYING | {"segments": 9}, "reverse": COPYING | {"segments": 6},
-           "memorize": FACTS | {"segments": 8}, "detect": FACTS | {"segments": 8},
+           "memorize": FACTS | {"segments": 8}, "detect": FACTS | {"segments": 8, "steps": 2000, "memory_noise": 0.6},
            "retrieval": FACTS | {"segments": 3, "segment_len": 4, "batch": 64, "memory_noise": 0.0},
            "remember": PAIRS | {"segments": 9},
            "rewrite": PAIRS | {"segments": 13, "keys": 4, "n_mem": 2, "batch": 32, "steps": 600, "lr": 2e-3,
