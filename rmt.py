@@ -1117,20 +1117,20 @@ class Stacked(nn.Module):
             if self.bias is not None:
                 self.bias = self.bias[busy.start:busy.stop]
 
-    def by_layer(self, x: Tensor) -> Tensor:
-        """x (n B, ...) -> (n, B, ...)"""
+    def by_layer(self, x: Tensor, shape: tuple) -> Tensor:
+        """x (n B, ..., *shape) -> (n, rows, *shape)"""
         if len(x) != self.batch:
             raise ValueError(f"unroll_diagonal needs the batch as the first axis, and a layer gave "
                              f"{tuple(x.shape)} to a Linear or LayerNorm: use unroll")
-        return x.unflatten(0, (self.n, -1))
+        n_rows = x.numel() // (self.n * math.prod(shape))
+        return x.reshape(self.n, n_rows, *shape)
 
 
 class StackedLinear(Stacked):
     """The nn.Linear of n layers: rows x (n B, ..., in) -> (n B, ..., out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.by_layer(x).flatten(1, -2)
-        y = rows @ self.weight.mT
+        y = torch.bmm(self.by_layer(x, x.shape[-1:]), self.weight.mT)
         if self.bias is not None:
             y = y + self.bias[:, None]
         return y.view(*x.shape[:-1], y.size(-1))
@@ -1145,8 +1145,8 @@ class StackedLayerNorm(Stacked):
         self.eps = modules[0].eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.by_layer(F.layer_norm(x, self.shape, eps=self.eps))
-        y = y.flatten(1, -1 - len(self.shape)) * self.weight[:, None]
+        y = F.layer_norm(x, self.shape, eps=self.eps)
+        y = self.by_layer(y, self.shape) * self.weight[:, None]
         if self.bias is not None:
             y = y + self.bias[:, None]
         return y.view(x.shape)
