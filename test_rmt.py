@@ -1130,6 +1130,17 @@ def read(block, keys, carry):
     return block.read(block.features(block.w_q(rows)), *carry)[0, :, :-d_assoc]
 
 
+def reads_of_a_rewritten_key(block):
+    """One key is written 1, 2, 3, 4, 5: what the memory says of it after each write."""
+    key = torch.randn(1, 4)
+    carry = None
+    seen = []
+    for value in range(1, 6):
+        carry = written(block, key, torch.full((1, D - 4), float(value)), carry)
+        seen.append(read(block, key, carry)[0, 0].item())
+    return seen
+
+
 def associative_in_loops(block, x, n_write, carry):
     """One associative layer as papers.md has it, one row and one sum at a time.
 
@@ -1231,15 +1242,8 @@ class TestAssociativeLayer:
             assert_close(block.write(m, *once), block.write(m.flip(1), *once))
 
     def test_a_key_written_1_to_5_reads_1_to_5_but_in_hebbian_their_sum(self, update, cell):
-        block = cell(update)
-        key = torch.randn(1, 4)
-        carry = None
-        seen = []
-        for value in range(1, 6):
-            carry = written(block, key, torch.full((1, D - 4), float(value)), carry)
-            seen.append(read(block, key, carry)[0, 0].item())
         expected = [1, 3, 6, 10, 15] if update == "hebbian" else [1, 2, 3, 4, 5]
-        assert seen == pytest.approx(expected, rel=1e-2)
+        assert reads_of_a_rewritten_key(cell(update)) == pytest.approx(expected, rel=1e-2)
 
     def test_sixteen_keys_are_rewritten_500_times_but_in_hebbian(self, update, cell):
         """Each time with one of ten values. A read is right if the last value is nearest."""
@@ -1279,13 +1283,8 @@ class TestAssociativeMemory:
     def test_without_gamma_a_key_cannot_be_rewritten(self, cell, monkeypatch):
         block = cell("armt")
         monkeypatch.setattr(block, "newness", lambda k, z: torch.ones(1, 1, 1))
-        key = torch.randn(1, 4)
-        carry = None
-        seen = []
-        for value in range(1, 6):
-            carry = written(block, key, torch.full((1, D - 4), float(value)), carry)
-            seen.append(read(block, key, carry)[0, 0].item())
-        assert seen == pytest.approx([1, 1, 4 / 3, 5 / 3, 2], rel=1e-2)
+        expected = [1, 1, 4 / 3, 5 / 3, 2]
+        assert reads_of_a_rewritten_key(block) == pytest.approx(expected, rel=1e-2)
 
     def test_delta_stays_bounded_where_many_write_rows_have_alike_keys(self):
         """All rows correct the same old A. Unshared, their steps add up, and 32 of them explode."""
