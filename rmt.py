@@ -915,7 +915,7 @@ class SegmentDecoder:
             n_tokens=end - start - n_read,
             n_write=0,
             mask=whole.mask[start:end, :last_column],
-            causal=False,
+            causal=whole.causal and start == 0,
             row_rotation=whole.row_rotation[start:end],
             column_rotation=whole.column_rotation[first_column:last_column],
             kv_cache=self.kv_cache,
