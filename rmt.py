@@ -1285,8 +1285,9 @@ def validate_diagonal(model: RMT):
         raise ValueError(f"unroll_diagonal runs the layers of a Transformer side by side, and a "
                          f"{kind} may have none: use unroll")
     first = model.backbone.blocks[0]
+    form = repr(first)  # its modules and their settings, without the weights
     for block in model.backbone.blocks:
-        if repr(block) != repr(first) or list(block.buffers()):
+        if repr(block) != form or list(block.buffers()):
             raise ValueError("unroll_diagonal needs layers that differ in the weights of nn.Linear "
                              "and nn.LayerNorm only: use unroll")
     for module in first.modules():

@@ -398,8 +398,8 @@ def main(args):
               + f"\ndevice {args.device}, ranks {RANKS}, seed {args.seed}; a step takes {args.batch} streams on by "
               f"{width} characters, {args.batch * width} in all; files in {args.out}")
         for name, run in runs.items():
-            floats = evaluate(args, run["model"], text.train[:args.segment_len + args.cache_len + 1])["state_floats"]
-            print(f"{name}: {sum(p.numel() for p in run['model'].parameters())} parameters, state of {floats} floats")
+            print(f"{name}: {sum(p.numel() for p in run['model'].parameters())} parameters, "
+                  f"state of {run['model'].state_floats()} floats")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to go on with
     for name, run in runs.items():
         train(args, run, name, text, lambda: save_runs(args, runs, text))
