@@ -1,490 +1,1069 @@
-"""Draw the README's pictures from the recorded results.
+"""Draw the figures and write the tables of the READMEs, from the recorded results.
 
-    python assets/figures.py                                      draws assets/*.png from assets/results/*.json, and
-                                                                  prints the README's tables
-    python assets/figures.py gather length out/*/result.json      puts results of the scripts into one record
+    python assets/figures.py
+        Draw assets/*.svg from assets/results/*.json, and write the tables into README.md and
+        assets/results/README.md, each between two lines of its own there:
+        <!-- table NAME --> and <!-- end of table -->.
+    python assets/figures.py --png [FOLDER]
+        Draw every figure as a PNG for slides instead, into out/slides where no folder is named.
+    python assets/figures.py attention FOLDER
+        Draw assets/attention.svg from the folder of a finished run of train_copy.py.
+    python assets/figures.py gather NAME FILE... [--commit HASH]
+        Put results of the scripts into one record, assets/results/NAME.json. The commit is noted in
+        every run, for those that a script of an earlier commit has made.
 
-The scripts take the pictures of a run from here.
+A record is a list of runs: command, seed, date, versions, hardware, flags and results, as a script
+writes them to result.json. A figure or table whose record is missing is left as it is.
+
+It reads from top to bottom: records, tables, how figures look, figures, main.
 """
+import argparse
 import json
+import re
 import sys
+from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.patches import Rectangle
 
-ASSETS = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_copy  # noqa: E402
+from rmt import RMT, VARIANTS, Config  # noqa: E402
+
+ASSETS = ROOT / "assets"
+RESULTS = ASSETS / "results"
+READMES = [ROOT / "README.md", RESULTS / "README.md"]
+
+# ==================================================================================================
+# Records
+
+NO_SETTING = {  # flags that do not change a result
+    "command", "device", "device_flag", "eval_every", "length", "lengths", "out", "prompt",
+    "resume", "sample", "save_every", "target", "temperature", "threads", "top_k",
+}
+DEFAULTS = {field.name: field.default for field in fields(Config)}
 
 
-def gather(name, paths):
-    """One line per run in assets/results/NAME.json, numbers to six digits."""
-    runs = [json.loads(Path(p).read_text(), parse_float=lambda x: float(f"{float(x):.6g}")) for p in sorted(paths)]
-    lines = ",\n".join(json.dumps(run) for run in runs)
-    (ASSETS / "results" / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+def gather(name, paths, commit=None, folder=RESULTS):
+    """Write folder/NAME.json: a line for every run, its numbers to six digits."""
+    lines = []
+    for path in sorted(paths):
+        run = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=six_digits)
+        flags = run["flags"]
+        flags.update(flags.pop("config", {}))
+        run["flags"] = {flag: value for flag, value in flags.items() if flag not in NO_SETTING}
+        if commit is not None:
+            run["commit"] = commit
+        lines.append(json.dumps(run))
+    text = ",\n".join(lines)
+    (folder / f"{name}.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
 
 
-def record(name, **flags):
-    """The runs of one record that were made with these flags."""
-    runs = json.loads((ASSETS / "results" / f"{name}.json").read_text())
-    return [run for run in runs if all(run["flags"][name] == value for name, value in flags.items())]
+def six_digits(text):
+    """The number that a text says, to six digits."""
+    return float(f"{float(text):.6g}")
+
+
+def read_records(folder=RESULTS):
+    """All records, {name: runs}."""
+    records = {}
+    for path in sorted(folder.glob("*.json")):
+        records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    return records
+
+
+def setting(run, name):
+    """A flag of a run, or the default of Config where the run has no such flag."""
+    value = run["flags"].get(name, DEFAULTS.get(name))
+    if name == "bptt_depth" and value == -1:
+        return None  # all boundaries, as earlier scripts wrote it
+    return value
+
+
+def find(runs, **flags):
+    """The runs that were made with these flags."""
+    found = []
+    for run in runs:
+        if all(setting(run, name) == value for name, value in flags.items()):
+            found.append(run)
+    return found
+
+
+def result(run):
+    """What a run says about its --model."""
+    return run["results"][run["flags"]["model"]]
+
+
+def by_length(run, how="teacher_forced"):
+    """The share of right answers, {segments: share}."""
+    return {int(n): scores[how] for n, scores in result(run).items() if n.isdigit()}
+
+
+def at_length(runs, segments, how="teacher_forced"):
+    """The share of right answers of each seed over so many segments."""
+    return [by_length(run, how)[segments] for run in runs if segments in by_length(run, how)]
+
+
+RESET = "its initial state at every boundary"  # a control of train_copy.py
+
+
+# ==================================================================================================
+# Tables
+#
+# A function for each table, which takes the records and yields lines. At the end of this part,
+# TABLES has them by their names.
 
 
 def spread(numbers, digits=3):
-    """The smallest and the largest of the seeds, as 0.996-1.000; nothing where there is none."""
-    return "–".join(dict.fromkeys(f"{n:.{digits}f}" for n in (min(numbers), max(numbers)))) if numbers else ""
+    """The smallest and the largest of the seeds, with a dash between; nothing where none is."""
+    if not numbers:
+        return ""
+    least = f"{min(numbers):.{digits}f}"
+    most = f"{max(numbers):.{digits}f}"
+    return least if least == most else f"{least}–{most}"
 
 
-LENGTH = {  # noise in training, and the published accuracy at 4,096 segments, read off a figure of [RMT-1M]
-    "memorize": (1.0, 0.906), "detect": (0.6, 0.961)}
+def row(*cells):
+    """A line of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
 
 
-def tables():
-    """The README's tables, line by line."""
-    paper = {("copy", "rmt"): "1.00", ("copy", "transformer_xl"): ".28", ("copy", "transformer"): ".10",
-             ("reverse", "rmt"): ".90", ("reverse", "transformer_xl"): ".67", ("reverse", "transformer"): ".10"}
-    yield "| task | `--model` | teacher-forced | free-running | CPU seconds | paper |"
-    yield "|---|---|---|---|---|---|"
-    for task, segments in (("copy", "9"), ("reverse", "6")):
-        for model in ("rmt", "rmt_xl", "transformer_xl", "mem_transformer", "transformer"):
-            runs = [run["results"][model] for run in record("copying", task=task, model=model)]
-            forced, free = ([run[segments][how] for run in runs] for how in ("teacher_forced", "free_running"))
-            seconds = spread([run["cpu_seconds"] for run in runs], 0)
-            yield (f"| {task}, {segments} segments | `{model}` | {spread(forced)} | {spread(free)} | {seconds} | "
-                   f"{paper.get((task, model), '')} |")
-    yield "| task | noise in training | 8 segments | 64 | 1,024 | 4,096 | paper, 4,096 |"
-    yield "|---|---|---|---|---|---|---|"
+def header(*cells):
+    """The two lines that begin a table."""
+    yield row(*cells)
+    yield "|---" * len(cells) + "|"
+
+
+def all_of(runs, key):
+    """A number of each seed, such as its CPU seconds, where it has one."""
+    return [result(run)[key] for run in runs if key in result(run)]
+
+
+COPYING = {"copy": (3, 6, 9), "reverse": (2, 4, 6)}  # trained lengths, in segments
+COPYING_MODELS = ("rmt", "rmt_xl", "transformer_xl", "mem_transformer", "transformer")
+PUBLISHED = {  # at the longest, with 4 layers of width 128 [RMT]
+    ("copy", "rmt"): "1.00",
+    ("copy", "transformer_xl"): ".28",
+    ("copy", "transformer"): ".10",
+    ("reverse", "rmt"): ".90",
+    ("reverse", "transformer_xl"): ".67",
+    ("reverse", "transformer"): ".10",
+}
+
+
+def copying_table(records):
+    """Copying across segments: every model, teacher-forced over three lengths and free-running."""
+    yield from header("task, segments", "`--model`", "shortest", "middle", "longest",
+                      "longest, free-running", "CPU s", "paper, longest")
+    for task, lengths in COPYING.items():
+        for model in COPYING_MODELS:
+            runs = find(records["copying"], task=task, model=model)
+            forced = [spread(at_length(runs, n)) for n in lengths]
+            free = spread(at_length(runs, lengths[-1], "free_running"))
+            yield row(f"{task}, {' / '.join(map(str, lengths))}", f"`{model}`", *forced, free,
+                      spread(all_of(runs, "cpu_seconds"), 0), PUBLISHED.get((task, model), ""))
+
+
+CURRICULA = {  # two records of `python train_copy.py`
+    "curriculum": "longest length only",
+    "copying": "30 % on shorter lengths",
+}
+
+
+def curriculum_table(records):
+    """The default run of rmt, with the curriculum as it was before and as it is."""
+    lengths = (3, 6, 9, 18, 36)
+    yield from header("steps once a length is unlocked", *(f"{n} segments" for n in lengths))
+    for name, curriculum in CURRICULA.items():
+        runs = find(records[name], task="copy", model="rmt")
+        yield row(curriculum, *(spread(at_length(runs, n)) for n in lengths))
+
+
+LENGTH = {  # noise in training; the share over 4,096 segments read off a figure of [RMT-1M]
+    "memorize": (1.0, 0.906),
+    "detect": (0.6, 0.961),
+}
+
+
+def length_table(records):
+    """A fact, long after the lengths of training, with and without noise on the memory."""
+    lengths = (8, 64, 1024, 4096)
+    yield from header("task", "noise in training", "seeds", *(f"{n:,} segments" for n in lengths),
+                      "paper, 4,096")
     for task, (most, published) in LENGTH.items():
         for noise in (most, 0.0):
-            runs = [run["results"]["rmt"] for run in record("length", task=task, memory_noise=noise)]
-            scores = " | ".join(spread([run[n]["teacher_forced"] for run in runs]) for n in ("8", "64", "1024", "4096"))
-            yield f"| {task} | {noise} | {scores} | {f'{published:.3f}'.lstrip('0')} |"
+            runs = find(records["length"], task=task, memory_noise=noise)
+            scores = [spread(at_length(runs, n)) for n in lengths]
+            yield row(task, noise, len(runs), *scores, ratio(published, 3))
 
 
-ASSOCIATIVE = {  # what the associative tables call a model: its flags, its line
-    "`armt`, delta": ({"model": "armt", "update": "delta"}, "o-", "0"),
-    "`armt`, armt": ({"model": "armt", "update": "armt"}, "s--", "0.35"),
-    "`armt`, hebbian": ({"model": "armt", "update": "hebbian"}, "x:", "0.35"),
-    "`rmt`, as large": ({"model": "rmt"}, "^-", "0.6"), "`rmt`, M 8": ({"model": "rmt", "n_mem": 8}, "^:", "0.6"),
-    "`transformer_xl`": ({"model": "transformer_xl"}, "v:", "0.6")}
-LENGTHS = {  # tasks of the associative tables, and the segments of a sample: as in training, and longer
-    "rewrite": (13, 513, 1001), "detect": (8, 1000), "facts": (8, 1000), "remember": (9, 17, 33, 65)}
+ASSOCIATIVE = {  # what the associative tables call a model, and its flags
+    "`armt`, delta": {"model": "armt", "update": "delta"},
+    "`armt`, armt": {"model": "armt", "update": "armt"},
+    "`armt`, hebbian": {"model": "armt", "update": "hebbian"},
+    "`rmt`, as large": {"model": "rmt"},
+    "`rmt`, M 8": {"model": "rmt", "n_mem": 8},
+    "`transformer_xl`": {"model": "transformer_xl"},
+}
+ASSOCIATIVE_LENGTHS = {  # segments of a sample: as in training, and longer
+    "rewrite": (13, 513, 1001),
+    "detect": (8, 1000),
+    "facts": (8, 1000),
+    "remember": (9, 17, 33, 65),
+}
 
 
-def associative(task, name):
-    """The result of each seed of one task and one model, by number of segments."""
-    runs = record("associative", task=task, **ASSOCIATIVE[name][0])
+def associative(records, task, name):
+    """The runs of one task and one model of ASSOCIATIVE."""
+    runs = find(records["associative"], task=task, **ASSOCIATIVE[name])
     if name == "`rmt`, as large":
-        runs = [run for run in runs if run["flags"]["n_mem"] > 8]
-    return [run["results"][run["flags"]["model"]] for run in runs]
+        return [run for run in runs if setting(run, "n_mem") > 8]
+    return runs
 
 
-def held(accuracy, pairs, values=10):
+def pairs_held(accuracy, pairs, values=10):
     """Pairs held, from the share of right answers: guesses taken off [ARMT]."""
     return max(0, pairs * (values * accuracy - 1) / (values - 1))
 
 
-def associative_tables():
-    """The README's tables of the associative memory, line by line."""
-    yield ("| `--model`, `--update` | floats | rewrite, 12 writes | 512 | 1,000 | detect, 8 segments | 1,000 "
-           "| facts, 8 segments | 1,000 | CPU s |")
-    yield "|---" * 10 + "|"
+def associative_table(records):
+    """The associative memory beside others: tasks in which one thing is asked for."""
+    yield from header("`--model`, `--update`", "floats", "rewrite, 12 writes", "512", "1,000",
+                      "detect, 8 segments", "1,000", "facts, 8 segments", "1,000", "CPU s")
     for name in ASSOCIATIVE:
-        cells, everything = [], []
+        cells = []
+        everything = []
         for task in ("rewrite", "detect", "facts"):
-            runs = associative(task, name)
-            cells += [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in LENGTHS[task]]
+            runs = associative(records, task, name)
+            cells += [spread(at_length(runs, n)) for n in ASSOCIATIVE_LENGTHS[task]]
             everything += runs
-        floats, seconds = (spread([run[key] for run in everything], 0) for key in ("state_floats", "cpu_seconds"))
-        yield f"| {name} | {floats} | {' | '.join(cells)} | {seconds} |"
-    yield "| `--model`, `--update` | floats | 8 pairs | 16 | 32 | 64 | pairs held of 64 | CPU s |"
-    yield "|---" * 8 + "|"
+        floats = spread(all_of(everything, "state_floats"), 0)
+        seconds = spread(all_of(everything, "cpu_seconds"), 0)
+        yield row(name, floats, *cells, seconds)
+
+
+def remember_table(records):
+    """How many pairs of a key and a value are held."""
+    yield from header("`--model`, `--update`", "floats", "8 pairs", "16", "32", "64",
+                      "pairs held of 64", "CPU s")
     for name in ASSOCIATIVE:
-        runs = associative("remember", name)
-        cells = [spread([run[str(n)]["teacher_forced"] for run in runs]) for n in LENGTHS["remember"]]
-        cells += [spread([held(run["65"]["teacher_forced"], 64) for run in runs], 0),
-                  spread([run["cpu_seconds"] for run in runs], 0)]
-        floats = spread([run["state_floats"] for run in runs], 0)
-        yield f"| {name} | {floats} | {' | '.join(cells)} |"
+        runs = associative(records, "remember", name)
+        cells = [spread(at_length(runs, n)) for n in ASSOCIATIVE_LENGTHS["remember"]]
+        held = [pairs_held(accuracy, 64) for accuracy in at_length(runs, 65)]
+        yield row(name, spread(all_of(runs, "state_floats"), 0), *cells, spread(held, 0),
+                  spread(all_of(runs, "cpu_seconds"), 0))
 
 
-LANGUAGE = {  # what the language table calls a run: the flags in which it differs from RECIPE
+RECIPE = {  # of train_lm.py
+    "data": ["python"], "model": "rmt", "segment_len": 32, "cache_len": 32, "n_mem": 8,
+    "memory_form": "raw", "write_slot": "embedding", "memory_noise": 0.0, "steps": 1500,
+    "batch": 32, "segments_per_step": 2, "reset_every": 64, "bptt_depth": None,
+}
+LANGUAGE = {  # what the language tables call a model, and the flags in which it differs from RECIPE
     "`transformer`": {"model": "transformer"},
     "`transformer`, 1.5 times the steps": {"model": "transformer", "steps": 2250},
     "`transformer_xl`, C 4": {"model": "transformer_xl", "cache_len": 4},
     "`transformer_xl`, C 32": {"model": "transformer_xl"},
     "`rmt`, M 8": {},
     "`rmt_xl`, M 8, C 8": {"model": "rmt_xl", "cache_len": 8},
-    "`rmt_xl`, M 8, C 32": {"model": "rmt_xl"}}
-TRIES = {
-    "`--memory-form norm`": {"memory_form": "norm"},
-    "`--write-slot both`": {"write_slot": "both"},
-    "`--write-slot memory`": {"write_slot": "memory"},
-    "`--memory-form norm --write-slot both`": {"memory_form": "norm", "write_slot": "both"},
-    "`--memory-form norm --write-slot memory`, the paper's": {"memory_form": "norm", "write_slot": "memory"},
-    "`--n-mem 4`": {"n_mem": 4}, "`--n-mem 16`": {"n_mem": 16},
-    "`--reset-every 8`": {"reset_every": 8}, "`--reset-every 0`, never": {"reset_every": 0},
-    "`--memory-noise 0.3`": {"memory_noise": 0.3},
-    "`--segments-per-step 1 --steps 3000`": {"segments_per_step": 1, "steps": 3000},
-    "`--segments-per-step 4 --steps 750`": {"segments_per_step": 4, "steps": 750, "bptt_depth": 3},  # which is all
-    "`--model mem_transformer`": {"model": "mem_transformer"}}
+    "`rmt_xl`, M 8, C 32": {"model": "rmt_xl"},
+}
+BESIDE = ("`transformer`", "`transformer_xl`, C 4", "`rmt`, M 8", "`rmt_xl`, M 8, C 8")
 OTHERS = {
-    "default": {}, "`--data shakespeare`": {"data": ["shakespeare"]},
-    "`--segment-len 64 --batch 16`": {"segment_len": 64, "batch": 16}, "`--steps 6000`": {"steps": 6000}}
-RECIPE = {"data": ["python"], "model": "rmt", "segment_len": 32, "cache_len": 32, "n_mem": 8, "memory_form": "raw",
-          "write_slot": "embedding", "memory_noise": 0.0, "steps": 1500, "batch": 32, "segments_per_step": 2,
-          "reset_every": 64, "bptt_depth": -1}
+    "default": {},
+    "`--data shakespeare`": {"data": ["shakespeare"]},
+    "`--segment-len 64 --batch 16`": {"segment_len": 64, "batch": 16},
+    "`--steps 6000`": {"steps": 6000},
+}
+DEPTH = {"segments_per_step": 4, "steps": 750}
+TRIED = {
+    "`memory_form=norm`": {"memory_form": "norm"},
+    "`write_slot=both`": {"write_slot": "both"},
+    "`write_slot=memory`": {"write_slot": "memory"},
+    "`memory_form=norm write_slot=both`": {"memory_form": "norm", "write_slot": "both"},
+    "`memory_form=norm write_slot=memory`, the paper's":
+        {"memory_form": "norm", "write_slot": "memory"},
+    "`n_mem=4`": {"n_mem": 4},
+    "`n_mem=16`": {"n_mem": 16},
+    "`reset_every=8`": {"reset_every": 8},
+    "`reset_every=0`, never": {"reset_every": 0},
+    "`memory_noise=0.3`": {"memory_noise": 0.3},
+    "`segments_per_step=1 steps=3000`": {"segments_per_step": 1, "steps": 3000},
+    "`segments_per_step=4 steps=750`": DEPTH | {"bptt_depth": 3},  # which is all of them
+    "`model=mem_transformer`": {"model": "mem_transformer"},
+}
 
 
-def language(**flags):
-    """The result of each seed of train_lm.py's recipe with some flags changed."""
-    runs = record("language", **RECIPE | flags)
-    return [run["results"][run["flags"]["model"]] | {"seed": run["seed"]} for run in runs]
+def language(records, **flags):
+    """The runs of train_lm.py's recipe with some flags changed, by the first record to have any."""
+    for name in ("language", "language_tried"):
+        runs = find(records.get(name, []), **RECIPE | flags)
+        if runs:
+            return runs
+    return []
 
 
-def bits(results, state="carried", places=None):
-    """Bits per character of each seed, over all or at some places in the segment."""
-    scores = [result[state] for result in results if state in result]
-    pieces = [score["by_position"][places] if places else [score["bpc"]] for score in scores]
-    return [sum(piece) / len(piece) for piece in pieces]
+def bits(runs, state="carried", places=None):
+    """Bits per character of each seed, over all positions in the segment or at some places."""
+    scores = []
+    for run in runs:
+        if state not in result(run):
+            continue
+        score = result(run)[state]
+        if places is None:
+            scores.append(score["bpc"])
+        else:
+            scores.append(float(np.mean(score["by_position"][places])))
+    return scores
 
 
-def by_position(results, state="carried"):
-    """Bits per character at each position in the segment, mean of the seeds."""
-    places = zip(*(result[state]["by_position"] for result in results), strict=True)
-    return [sum(place) / len(place) for place in places]
+def by_position(runs, state="carried"):
+    """Bits per character at each position of a segment, {position: bits} for each seed."""
+    return [dict(enumerate(result(run)[state]["by_position"], start=1)) for run in runs]
 
 
-def language_cells(results):
+FIRST = slice(8)
+REST = slice(8, None)
+LANGUAGE_CELLS = ("all", "first 8", "the rest", "reset", "another's")
+
+
+def language_cells(runs):
     """The cells of bits per character that the tables of language models share."""
-    return [spread(bits(results, *how)) for how in (
-        (), ("carried", slice(8)), ("carried", slice(8, None)), ("reset",), ("of another stream",))]
+    return [
+        spread(bits(runs)),
+        spread(bits(runs, "carried", FIRST)),
+        spread(bits(runs, "carried", REST)),
+        spread(bits(runs, "reset")),
+        spread(bits(runs, "of another stream")),
+    ]
 
 
-def language_tables():
-    """The README's tables of train_lm.py, line by line."""
-    yield "| model | floats | all | first 8 | the rest | reset | another's | CPU s |"
-    yield "|---|---|---|---|---|---|---|---|"
+def language_table(records):
+    """Language models side by side."""
+    yield from header("model", "floats", *LANGUAGE_CELLS, "CPU s")
     for name, flags in LANGUAGE.items():
-        runs = language(**flags)
-        cells, seconds = language_cells(runs), spread([run["seconds"] for run in runs], 0)
-        yield f"| {name} | {runs[0]['carried']['state_floats']} | {' | '.join(cells)} | {seconds} |"
-    names = ("`transformer`", "`transformer_xl`, C 4", "`rmt`, M 8", "`rmt_xl`, M 8, C 8")
-    yield f"| setting | {' | '.join(names)} |"
-    yield "|---|---|---|---|---|"
-    for setting, flags in OTHERS.items():
-        cells = [spread(bits(language(**LANGUAGE[name] | flags))) for name in names]
-        yield f"| {setting} | {' | '.join(cells)} |"
-    yield "| `--bptt-depth` | all | first 8 | the rest |"
-    yield "|---|---|---|---|"
+        runs = language(records, **flags)
+        floats = [result(run)["carried"]["state_floats"] for run in runs]
+        seconds = spread(all_of(runs, "seconds"), 0)
+        yield row(name, spread(floats, 0), *language_cells(runs), seconds)
+
+
+def language_others_table(records):
+    """The same models on other text, with other segments, with more training."""
+    yield from header("setting", *BESIDE)
+    for name, flags in OTHERS.items():
+        runs = [language(records, **LANGUAGE[model] | flags) for model in BESIDE]
+        yield row(name, *(spread(bits(seeds)) for seeds in runs))
+
+
+def language_depth_table(records):
+    """How many boundaries gradient crosses in training."""
+    yield from header("`bptt_depth`", "all", "first 8", "the rest")
     for depth in range(4):
-        runs = language(segments_per_step=4, steps=750, bptt_depth=depth)
-        cells = [spread(bits(runs, "carried", places)) for places in (None, slice(8), slice(8, None))]
-        yield f"| {depth} | {' | '.join(cells)} |"
-    yield "| changed, seed 0 | all | worse by |"
-    yield "|---|---|---|"
-    (base,) = (bits([run])[0] for run in language() if run["seed"] == 0)
-    for name, flags in TRIES.items():
-        (tried,) = (bits([run])[0] for run in language(**flags) if run["seed"] == 0)
-        yield f"| {name} | {tried:.3f} | {tried - base:+.3f} |"
+        runs = language(records, **DEPTH, bptt_depth=depth)
+        yield row(depth, *language_cells(runs)[:3])
 
 
-def draw_language():
-    """Left, bits per character by position in the segment; right, over bptt_depth."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", width_ratios=(3, 2))
-    for name, line, color in (("`transformer`", "-", "0.6"), ("`transformer_xl`, C 4", "--", "0.4"),
-                              ("`rmt`, M 8", "-o", "0"), ("`rmt_xl`, M 8, C 8", ":s", "0.3")):
-        mean = by_position(language(**LANGUAGE[name]))
-        left.plot(range(1, 33), mean, line, color=color, markersize=3, linewidth=1, label=name.replace("`", ""))
-        above = ", ".join(f"{bit:.2f}" for bit in mean if bit > 2.9)
-        if above:
-            left.text(3.2, 2.84, f"{name.replace('`', '')} begins with {above}", fontsize=8, color=color)
-    left.set(xlabel="position in the segment, characters", ylabel="bits per character", title="mean of three seeds",
-             ylim=(2.1, 2.9))
-    for depth in range(4):
-        scores = bits(language(segments_per_step=4, steps=750, bptt_depth=depth))
-        right.plot([depth] * len(scores), scores, "o", color="0", markersize=4)
-    right.set(xlabel="bptt_depth, boundaries", xticks=range(4), title="rmt, 4 segments per step, three seeds")
-    left.legend(fontsize=8, loc="center right")
-    save(figure, "language")
+def language_tried_table(records):
+    """What else was tried, beside the seed 0 of the recipe that was recorded with it."""
+    tried = records["language_tried"]
+    base = find(tried, **RECIPE, seed=0) or find(records["language"], **RECIPE, seed=0)
+    yield from header("changed, seed 0", "bits per character", "worse by")
+    for name, flags in TRIED.items():
+        runs = find(tried, **RECIPE | flags, seed=0)
+        if runs and base:
+            change = f"{bits(runs)[0] - bits(base)[0]:+.3f}"
+            yield row(name, spread(bits(runs)), change)
 
 
-FAMILY = {  # what the table of the Memory Transformer's forms calls a model: its flags, its line
-    "`rmt`": ({"model": "rmt"}, "-o", "0"),
-    "`mem_controller`": ({"model": "mem_controller"}, "--", "0.4"),
-    "`mem_bottleneck`, window 8": ({"model": "mem_bottleneck", "window": 8}, "-s", "0.55"),
-    "`mem_bottleneck`, window 2": ({"model": "mem_bottleneck", "window": 2}, ":v", "0.7"),
-    "`mem_bottleneck`, window 0": ({"model": "mem_bottleneck", "window": 0}, ":^", "0.4")}
+FAMILY = {  # what the table of the Memory Transformer's forms calls a model, and its flags
+    "`rmt`": {"model": "rmt"},
+    "`mem_controller`": {"model": "mem_controller"},
+    "`mem_bottleneck`, window 8": {"model": "mem_bottleneck", "window": 8},
+    "`mem_bottleneck`, window 2": {"model": "mem_bottleneck", "window": 2},
+    "`mem_bottleneck`, window 0": {"model": "mem_bottleneck", "window": 0},
+}
 
 
-def family(name, script):
-    """The result of each seed of one model of FAMILY, by train_copy.py or train_lm.py."""
-    flags, _, _ = FAMILY[name]
-    runs = [run for run in record("family", **flags) if script in run["command"]]
-    return [run["results"][flags["model"]] for run in runs]
+def family(records, name, script):
+    """The runs of one model of FAMILY by train_copy.py or train_lm.py."""
+    runs = find(records["family"], **FAMILY[name])
+    return [run for run in runs if script in run["command"]]
 
 
-def family_tables():
-    """The README's table of the Memory Transformer's forms, line by line."""
-    yield ("| `--model` | copy, 9 segments | free-running | CPU s | language, all | first 8 | the rest | reset "
-           "| another's | CPU s |")
-    yield "|---" * 10 + "|"
+def family_table(records):
+    """The forms of the Memory Transformer: copying, and language."""
+    yield from header("`--model`", "copy, 9 segments", "free-running", "CPU s",
+                      "language, all", *LANGUAGE_CELLS[1:], "CPU s")
     for name in FAMILY:
-        copy, text = family(name, "train_copy.py"), family(name, "train_lm.py")
-        cells = [spread([run["9"][how] for run in copy]) for how in ("teacher_forced", "free_running")]
-        cells += [spread([run["cpu_seconds"] for run in copy], 0), *language_cells(text)]
-        yield f"| {name} | {' | '.join(cells)} | {spread([run['seconds'] for run in text], 0)} |"
+        copy = family(records, name, "train_copy.py")
+        text = family(records, name, "train_lm.py")
+        yield row(name, spread(at_length(copy, 9)), spread(at_length(copy, 9, "free_running")),
+                  spread(all_of(copy, "cpu_seconds"), 0),
+                  *language_cells(text), spread(all_of(text, "seconds"), 0))
 
 
-def draw_family():
-    """Left, bits per character by position in the segment; right, what a reset of the memory costs there."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for name, (_, line, color) in FAMILY.items():
-        runs = family(name, "train_lm.py")
-        carried, reset = by_position(runs), by_position(runs, "reset")
-        style = {"color": color, "markersize": 3, "linewidth": 1, "label": name.replace("`", "")}
-        left.plot(range(1, 33), carried, line, **style)
-        right.plot(range(1, 33), [b - a for a, b in zip(carried, reset, strict=True)], line, **style)
-    left.set(xlabel="position in the segment, characters", ylabel="bits per character", title="mean of three seeds")
-    right.set(xlabel="position in the segment, characters", ylabel="more bits with the memory reset", yscale="log",
-              title="what memory is worth")
-    right.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
-    left.legend(fontsize=8)
-    save(figure, "family")
+SIZES = ("copy", "lm", "tiny", "S", "M")  # of benchmark.py
 
 
-def save(figure, name):
-    """Write assets/NAME.png."""
-    figure.savefig(ASSETS / f"{name}.png", dpi=100)
+def ratio(number, digits=2):
+    """A ratio in the way of the speed tables: .52, 1.03."""
+    return f"{number:.{digits}f}".removeprefix("0")
+
+
+def benchmark(records, section, **cells):
+    """The rows of a section of benchmark.py's record that have these cells."""
+    found = []
+    for line in records["speed"]["sections"][section]["rows"]:
+        if all(line.get(name) == value for name, value in cells.items()):
+            found.append(line)
+    return found
+
+
+def both_works(records, section, key, size):
+    """A ratio in training and in inference; nothing where it was not measured."""
+    numbers = []
+    for work in ("training", "inference"):
+        lines = benchmark(records, section, size=size, work=work)
+        numbers += [ratio(line[key]) for line in lines if key in line]
+    return " / ".join(numbers)
+
+
+def speed_table(records):
+    """Time of others over ours, and the share of the machine's rate that we reach."""
+    package = records["speed"]["about"]["versions"].get("recurrent_memory_transformer_pytorch", "")
+    contents = {
+        "time of the authors' design (GPT-2 of `transformers`) over ours":
+            ("peers", "GPT-2 / ours"),
+        f"time of `recurrent-memory-transformer-pytorch` {package} over ours":
+            ("peers", "package / ours"),
+        "time of `transformer` (no memory) over that of `rmt`":
+            ("peers", "transformer / ours"),
+        "share of the rate of the bare matrix products":
+            ("ceiling", "share"),
+    }
+    yield from header("training / inference", *SIZES)
+    for name, (section, key) in contents.items():
+        yield row(name, *(both_works(records, section, key, size) for size in SIZES))
+
+
+DIAGONAL_SIZES = {
+    "small": "4 layers of width 64, segment 16",
+    "deep": "12 layers of width 64, segment 16",
+    "tiny": "4 layers of width 64, segment 32",
+    "S": "size S: 4 layers of width 256, segment 128",
+}
+
+
+def diagonal_table(records):
+    """Time of unroll over time of unroll_diagonal."""
+    yield from header("`armt` / `transformer_xl`", "batch 1, inference", "training",
+                      "batch 8, inference", "training")
+    for size, name in DIAGONAL_SIZES.items():
+        cells = []
+        for batch in (1, 8):
+            lines = benchmark(records, "diagonal", size=size, batch=batch)
+            for work in ("inference", "training"):
+                numbers = {line["variant"]: ratio(line[f"{work}, ratio"]) for line in lines}
+                both = [numbers.get(variant, "") for variant in ("armt", "transformer_xl")]
+                cells.append(" / ".join(both))
+        yield row(name, *cells)
+
+
+def readme_table(records):
+    """The one table that a newcomer should see."""
+    yield from header("what is tested", "model", "result", "the same without memory", "record")
+
+    def line(what, model, here, without, record):
+        return row(what, f"`{model}`", here, without, f"[{record}](assets/results/{record}.json)")
+
+    copying = records["copying"]
+    for task, what in (("copy", "copy 24 symbols, over 9 segments"),
+                       ("reverse", "write 24 symbols backwards, over 6 segments")):
+        n = COPYING[task][-1]
+        ours = at_length(find(copying, task=task, model="rmt"), n)
+        plain = at_length(find(copying, task=task, model="transformer"), n)
+        yield line(what, "rmt", f"{spread(ours)} right", f"`transformer`: {spread(plain)}",
+                   "copying")
+
+    runs = find(records["length"], task="memorize", memory_noise=LENGTH["memorize"][0])
+    reset = spread([run["results"][RESET] for run in runs])
+    yield line("a fact, 4,096 segments later; trained on at most 8", "rmt",
+               f"{spread(at_length(runs, 4096))} right", f"memory reset: {reset}", "length")
+
+    runs = associative(records, "rewrite", "`armt`, delta")
+    reset = spread([run["results"][RESET] for run in runs])
+    yield line("four keys, rewritten 512 times; trained on at most 12", "armt",
+               f"{spread(at_length(runs, 513))} right", f"memory reset: {reset}", "associative")
+
+    plain, cached, ours, _ = [spread(bits(language(records, **LANGUAGE[name]))) for name in BESIDE]
+    without = f"`transformer`: {plain}; `transformer_xl` with as large a state: {cached}"
+    yield line("text, in bits per character; lower is better", "rmt", ours, without, "language")
+
+
+TABLES = {  # name in the READMEs: the function, and the records that it needs
+    "readme": (readme_table, ["copying", "length", "associative", "language"]),
+    "copying": (copying_table, ["copying"]),
+    "curriculum": (curriculum_table, ["copying", "curriculum"]),
+    "length": (length_table, ["length"]),
+    "associative": (associative_table, ["associative"]),
+    "remember": (remember_table, ["associative"]),
+    "language": (language_table, ["language"]),
+    "language-others": (language_others_table, ["language"]),
+    "language-depth": (language_depth_table, ["language_tried"]),
+    "language-tried": (language_tried_table, ["language", "language_tried"]),
+    "family": (family_table, ["family"]),
+    "speed": (speed_table, ["speed"]),
+    "diagonal": (diagonal_table, ["speed"]),
+}
+
+
+def tables(folder=RESULTS):
+    """All tables of the records in a folder, {name: lines}."""
+    records = read_records(folder)
+    made = {}
+    for name, (table, needs) in TABLES.items():
+        if is_there(f"table {name}", needs, records):
+            made[name] = list(table(records))
+    return made
+
+
+def is_there(what, needs, records):
+    """Whether all records are there that something needs. If not, a line says so."""
+    missing = [name for name in needs if name not in records]
+    if missing:
+        print(f"{what} is skipped: there is no record {', '.join(missing)}")
+    return not missing
+
+
+def fill(path, tables):
+    """Write tables between their lines of a file. Raises ValueError where one is missing."""
+    text = path.read_text(encoding="utf-8")
+    pieces = re.split(r"(<!-- table [\w-]+ -->|<!-- end of table -->)", text)
+    marks = pieces[1::2]
+    for begin, end in zip(marks[::2], marks[1::2], strict=False):
+        if "end" in begin or "end" not in end:
+            raise ValueError(f"{path}: after {begin} comes {end}; tables need both lines, in turns")
+    if len(marks) % 2 == 1:
+        raise ValueError(f"{path}: after {marks[-1]} there is no <!-- end of table -->")
+    for i in range(1, len(pieces), 4):
+        name = pieces[i].split()[2]
+        if name in tables:
+            lines = "\n".join(tables[name])
+            pieces[i + 1] = f"\n\n{lines}\n\n"
+        else:
+            print(f"{path}: nothing is written to table {name}")
+    path.write_text("".join(pieces), encoding="utf-8")
+
+
+# ==================================================================================================
+# How figures look
+#
+# The colours are those of Okabe and Ito that have a contrast of 3 and more to white, and their
+# orange, darkened until it has. A model has the same colour, marker and line in every figure.
+
+BLACK = "#000000"
+GREY = "#595959"
+GREEN = "#009E73"
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+PURPLE = "#CC79A7"
+ORANGE = "#B87F00"
+PALE = "#CBE6F7"    # a light sky blue, for areas
+
+MODELS = {
+    "transformer": (BLACK, "x", ":"),
+    "transformer_xl": (GREEN, "D", "--"),
+    "rmt": (BLUE, "o", "-"),
+    "rmt, as large": (BLUE, "d", ":"),
+    "rmt_xl": (PURPLE, "s", "-."),
+    "armt": (VERMILION, "^", "-"),
+    "armt, armt": (VERMILION, "v", "--"),
+    "armt, hebbian": (VERMILION, "P", ":"),
+    "mem_controller": (GREY, "p", "-."),
+    "mem_bottleneck, window 8": (ORANGE, "<", "-"),
+    "mem_bottleneck, window 2": (ORANGE, ">", "--"),
+    "mem_bottleneck, window 0": (ORANGE, "*", ":"),
+}
+AS_BEFORE = (BLACK, "s", "--")  # the same model without what a figure is about
+
+STYLE = {
+    "font.size": 12, "axes.titlesize": 12, "axes.labelsize": 12, "legend.fontsize": 12,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "lines.linewidth": 2, "lines.markersize": 7,
+    "svg.fonttype": "path", "svg.hashsalt": "rmt",
+}
+WIDTH = 9  # inches; as many as the README shows, so that 12 points are 12 points there
+
+
+def look(name):
+    """Colour, marker and line of a model, as a table calls it: `rmt`, M 8."""
+    name = name.replace("`", "")
+    return MODELS[name] if name in MODELS else MODELS[name.split(",")[0]]
+
+
+def save(figure, name, folder=ASSETS, kind="svg"):
+    """Write folder/NAME.svg, the same bytes every time, or NAME.png for slides."""
+    path = folder / f"{name}.{kind}"
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {}
+    figure.savefig(path, dpi=200, metadata=metadata)
     plt.close(figure)
 
 
-def draw_training(args, runs):
-    """The losses, and the accuracy for each number of segments while it is trained."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for line, (name, run) in zip(("-", "--"), runs.items(), strict=False):
-        left.plot([row[1] for row in run["rows"]], [row[3] for row in run["rows"]], line, color="black", label=name)
-        for i, n in enumerate(run["accuracy"]):
-            rows = [row for row in run["rows"] if args.curriculum == "random" or row[2] == n]  # while n is trained
-            if rows:
-                shade = str(0.7 - 0.7 * (i + 1) / len(run["accuracy"]))
-                right.plot([row[1] for row in rows], [row[4 + i] for row in rows], line, color=shade,
-                           label=f"{name}, {n} segments")
-    right.axhline(1 / args.symbols, color="0.6", linestyle=":", label="chance")
-    left.set(xlabel="training step", ylabel="loss, nats per answer symbol", title=f"{args.task}, seed {args.seed}")
-    right.set(xlabel="training step", ylabel="answer symbols right", ylim=(0, 1.03), title="by number of segments")
-    left.legend(fontsize=8)
-    right.legend(fontsize=7)
-    return figure
+def plot_seeds(axis, style, seeds, label, every=1):
+    """The mean of seeds, each {x: y}, as a line; around it a band from the least to the most."""
+    if not seeds:
+        return
+    color, marker, line = style
+    xs = [x for x in sorted(seeds[0]) if all(x in seed for seed in seeds)]
+    ys = np.array([[seed[x] for x in xs] for seed in seeds])
+    axis.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.15, linewidth=0)
+    axis.plot(xs, ys.mean(0), line, color=color, marker=marker, markevery=every, label=label)
 
 
-def draw_attention(model, tokens, n_answer, text):
-    """The weights, the largest of all heads, of the first segment (a write) and the one where the answer begins.
-
-    tokens (1, length), whose last n_answer outputs are the answer; text is a function that writes tokens as characters.
-    """
-    from rmt import attention_maps
-    T, n_layer, state = model.config.segment_len, model.config.n_layer, model.initial_state(1)
-    answer = (tokens.size(1) - n_answer) // T
-    figure, axes = plt.subplots(2, n_layer, squeeze=False, figsize=(4 * n_layer, 7.6), layout="constrained")
-    for s, segment in enumerate(tokens.split(T, dim=1)[:answer + 1]):
-        if s in (0, answer):
-            weights, widths = attention_maps(model, segment, state)
-            for layer, axis in enumerate(axes[int(s > 0)]):
-                written = text(segment[0])
-                name = written if len(written) <= 20 else "tokens"
-                draw_map(axis, weights[layer, 0].amax(0), widths, ("read", "cache", name, "write"))
-                axis.set_title(f"{'write' if s == 0 else 'read'}: segment {s + 1}, layer {layer + 1}")
-        _, state = model(segment, state)
-        state = state.detach()
-    return figure
+def plot_points(axis, style, points, label=None, aside=0.0):
+    """Seeds as points {x: [y, ...]}, moved aside a little, and a line through their means."""
+    color, marker, line = style
+    xs = [x for x, seeds in points.items() if seeds]
+    means = [np.mean(points[x]) for x in xs]
+    places = [x + aside for x in xs]
+    axis.plot(places, means, line, color=color, linewidth=1.5)
+    for place, x in zip(places, xs, strict=True):
+        axis.plot([place] * len(points[x]), points[x], marker, color=color,
+                  markerfacecolor="none", markeredgewidth=1.5, label=label)
+        label = None
 
 
-def draw_loss(runs):
-    """Bits per character over the characters read, in training and on the validation part."""
-    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for shade, (name, run) in zip(("0", "0.6"), runs.items(), strict=False):
-        rows = [row for row in run["rows"] if row[2] > 0.05 * run["rows"][-1][2]]
-        axis.plot([row[2] for row in rows], [row[4] for row in rows], color=shade, lw=1, label=f"{name}, training")
-        rows = [row for row in rows if row[5] != ""]
-        axis.plot([row[2] for row in rows], [row[5] for row in rows], "o--", color=shade, label=f"{name}, validation")
-    axis.set(xlabel="characters read", ylabel="bits per character")
-    axis.legend(fontsize=8)
-    return figure
+def count_axis(axis, ticks, base=2):
+    """A logarithmic axis with these numbers on it."""
+    axis.set_xscale("log", base=base)
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.set_xticks([], minor=True)
 
 
-def draw_position(results):
-    """Bits per character of the test part by position in the segment, with the state carried and with it reset."""
-    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for shade, (name, result) in zip(("0", "0.6"), results.items(), strict=False):
-        for state, line in (("carried", "-o"), ("reset", ":")):
-            if state in result:
-                bits = result[state]["by_position"]
-                label = f"{name}, state {state}" if "reset" in result else name
-                axis.plot(range(1, len(bits) + 1), bits, line, color=shade, markersize=3, linewidth=1, label=label)
-    axis.set(xlabel="position in the segment, characters", ylabel="bits per character")
-    axis.legend(fontsize=8)
-    return figure
+def shade(axis, first, last, label=None):
+    """What was seen in training."""
+    axis.axvspan(first, last, color="#E4E4E4", label=label, zorder=0)
 
 
-def draw_map(axis, weights, widths, names):
-    """One attention matrix or mask, with borders and names of its blocks of columns and of rows (no cache there)."""
-    axis.imshow(weights.cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
-    axis.set(xlabel="seen", ylabel="looks")
-    for sizes, line, ticks in ((widths, axis.axvline, axis.set_xticks),
-                               ([widths[0], 0, *widths[2:]], axis.axhline, axis.set_yticks)):
-        starts = [sum(sizes[:i]) - 0.5 for i in range(4)]
-        for start in starts[1:]:
-            line(start, color="black", linewidth=0.8)
-        ticks([start + size / 2 for start, size in zip(starts, sizes, strict=True) if size],
-              [name for name, size in zip(names, sizes, strict=True) if size])
+def thinned(points, longest):
+    """Points {segments: y}, without some of the many up to the longest length of training."""
+    kept = (2, 2 + (longest - 1) // 2, longest)  # the shortest, a middle one and the longest
+    return {n: y for n, y in points.items() if n in kept or n > longest}
 
 
-def draw_masks():
-    """The mask of every variant, with a full cache, as segment_mask makes it; and a bottleneck with a window."""
-    from rmt import RMT, VARIANTS, Config
-    shown, n_tokens = dict.fromkeys(VARIANTS, 0) | {"mem_bottleneck, window 2": 2}, 5
-    n_rows = -(-len(shown) // 7)
-    figure, axes = plt.subplots(n_rows, 7, figsize=(15, 2.5 * n_rows), layout="constrained")
-    for axis in axes.flat[len(shown):]:
-        axis.axis("off")
-    for axis, (name, window) in zip(axes.flat, shown.items(), strict=False):
-        model = RMT(Config(name.split(",")[0], segment_len=n_tokens, n_mem=2, cache_len=3, window=window))
-        sizes = [model.n_read, model.n_cache, n_tokens, model.n_write]
-        mask = model.mask(n_tokens, model.n_cache)
-        draw_map(axis, 0.65 * mask, sizes, ("read", "cache", "tokens", "write"))
-        axis.xaxis.remove_overlapping_locs = axis.yaxis.remove_overlapping_locs = False
-        axis.set_xticks([i + 0.5 for i in range(mask.size(1))], minor=True)
-        axis.set_yticks([i + 0.5 for i in range(mask.size(0))], minor=True)
-        axis.grid(which="minor", color="1", linewidth=0.6)
-        axis.tick_params(which="both", length=0, labelsize=8)
-        axis.set_title(name, fontsize=8)
-    return figure
+def chance(axis, share, label=None):
+    """What guessing gets right."""
+    axis.axhline(share, color=GREY, linestyle=(0, (1, 2)), linewidth=1.5, label=label)
 
 
-def draw_method():
-    """Three segments, the memory handed over the top, the carry handed on inside each layer."""
-    figure, axis = plt.subplots(figsize=(10, 3.5), layout="constrained")
-    for s in range(3):
-        x = 4.2 * s
-        for layer in range(2):
-            axis.add_patch(plt.Rectangle((x, 1 + layer), 3, 0.8, facecolor="0.93", edgecolor="black"))
-            axis.text(x + 1.5, 1.4 + layer, f"layer {layer + 1}", ha="center", va="center", fontsize=9)
-            if s < 2:
-                axis.annotate("", (x + 4.2, 1.4 + layer), (x + 3, 1.4 + layer),
-                              arrowprops={"arrowstyle": "->", "linestyle": ":"})
-        for i, (name, shade) in enumerate([("read", "0.6"), ("tokens", "1"), ("write", "0.6")]):
-            axis.add_patch(plt.Rectangle((x + i, 0.2), 1, 0.5, facecolor=shade, edgecolor="black"))
-            axis.text(x + i + 0.5, 0.45, name, ha="center", va="center", fontsize=9)
-            axis.annotate("", (x + i + 0.5, 1), (x + i + 0.5, 0.7), arrowprops={"arrowstyle": "-", "color": "0.5"})
-        axis.text(x + 1.5, 3.2, "logits", ha="center", va="center", fontsize=9)
-        axis.annotate("", (x + 1.5, 3.05), (x + 1.5, 2.8), arrowprops={"arrowstyle": "->", "color": "0.5"})
-        axis.text(x + 1.5, -0.15, f"segment {s + 1}", ha="center", va="center", fontsize=10)
-        if s < 2:
-            axis.plot([x + 2.5, x + 2.5, x + 3.6, x + 3.6, x + 4.7], [2.8, 3.0, 3.0, -0.5, -0.5], color="black", lw=2)
-            for end in (4.7, 6.7):
-                axis.plot([x + 4.7, x + end, x + end], [-0.5, -0.5, -0.1], color="black", lw=2)
-                axis.annotate("", (x + end, 0.2), (x + end, -0.2), arrowprops={"arrowstyle": "-|>", "lw": 2})
-    axis.text(3.6, 3.25, "memory: the output of the write\nrows, over the top (RMT)", ha="center", fontsize=8.5)
-    axis.text(7.8, 3.25, "carry: inside each layer, dotted\n(Transformer-XL, ARMT)", ha="center", fontsize=8.5)
-    axis.set(xlim=(-0.2, 11.6), ylim=(-0.7, 3.9))
+def legend_below(figure, axis, columns):
+    """One legend for all panels, under them."""
+    lines, labels = axis.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=columns)
+
+
+# ==================================================================================================
+# Figures
+#
+# A function for each, which takes the records and returns a figure. FIGURES has their names.
+
+
+def draw_method(records):
+    """Three segments, the memory handed on over the top, the carry handed on inside each layer."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 4))
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1)
+    axis.set(xlim=(0, WIDTH), ylim=(0, 4))
     axis.axis("off")
-    save(figure, "method")
+    width = 2.3   # of a segment, in inches
+    gap = 0.9     # between segments
+    parts = {"read": 0.65, "tokens": 1.0, "write": 0.65}
+
+    def box(x, y, width, height, text, color):
+        axis.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=BLACK))
+        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+
+    def line(points, color, style="-", width=2.5):
+        xs, ys = zip(*points, strict=True)
+        axis.plot(xs, ys, style, color=color, linewidth=width, zorder=3)
+
+    def arrow(begin, end, color, style="-", width=2.5):
+        shape = "-|>,head_width=.35,head_length=.6"
+        axis.annotate("", end, begin, zorder=3, arrowprops={
+            "arrowstyle": shape, "color": color, "linewidth": width, "linestyle": style,
+            "shrinkA": 0, "shrinkB": 0})
+
+    for s in range(3):
+        left = 0.15 + s * (width + gap)
+        right = left + width
+        middle = left + width / 2
+        axis.text(middle, 0.1, f"segment {s + 1}", ha="center")
+        start = left
+        for name, size in parts.items():
+            box(start, 0.95, size, 0.4, name, "white" if name == "tokens" else PALE)
+            arrow((start + size / 2, 1.35), (start + size / 2, 1.62), GREY, width=1.2)
+            start += size
+        for layer in range(2):
+            y = 1.62 + 0.72 * layer
+            box(left, y, width, 0.45, f"layer {layer + 1}", "#EEEEEE")
+            arrow((middle, y + 0.45), (middle, y + 0.72), GREY, width=1.2)
+            if s < 2:
+                arrow((right, y + 0.22), (right + gap, y + 0.22), VERMILION, "--")
+        axis.text(middle, 3.1, "logits", ha="center")
+
+        if s < 2:
+            written = right - parts["write"] / 2
+            down = right + 0.4
+            read = right + gap + parts["read"] / 2
+            write = written + gap + width
+            line([(down, 3), (down, 0.7)], "white", width=8)
+            over = [(written, 2.79), (written, 3.25), (down, 3.25), (down, 0.55), (write, 0.55)]
+            line(over, BLUE)
+            arrow((read, 0.54), (read, 0.95), BLUE)
+            arrow((write, 0.54), (write, 0.95), BLUE)
+
+    line([(0.2, 3.75), (0.8, 3.75)], BLUE)
+    axis.text(0.9, 3.75, "memory, over the top: RMT", color=BLUE, fontweight="bold", va="center")
+    line([(3.95, 3.75), (4.55, 3.75)], VERMILION, "--")
+    axis.text(4.65, 3.75, "carry, inside a layer: Transformer-XL, ARMT", color=VERMILION,
+              fontweight="bold", va="center")
+    return figure
 
 
-def draw_length():
-    """Accuracy of memorize and detect over the number of segments, with and without noise on the memory."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    for axis, (task, (most, published)) in zip(axes, LENGTH.items(), strict=True):
-        for noise, line, color in ((most, "-o", "black"), (0.0, "--s", "0.55")):
-            runs = record("length", task=task, memory_noise=noise)
-            for i, run in enumerate(runs):
-                scores = {int(n): score["teacher_forced"] for n, score in run["results"]["rmt"].items() if n.isdigit()}
-                label = f"noise {noise} in training, {len(runs)} seeds" if i == 0 else None
-                axis.plot(scores.keys(), scores.values(), line, color=color, markersize=3, linewidth=1, label=label)
-        axis.plot(4096, published, "k*", markersize=11, label="published, trained on 7 segments")
-        axis.axvspan(2, 8, color="0.9", label="lengths seen in training")
-        axis.axhline(0.1, color="0.6", linestyle=":", label="chance")
-        axis.set(xlabel="segments of the sample", title=task, ylim=(0, 1.03))
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([2, 8, 64, 512, 4096], ["2", "8", "64", "512", "4,096"])
-    axes[0].set_ylabel("fact symbols right")
-    for axis in axes:
-        axis.legend(fontsize=8, loc="lower left")
-    save(figure, "length")
+BLOCKS = {  # of the columns and rows of a mask: letter, colour, colour where nobody may look
+    "read memory": ("R", BLUE, "#E3F0F8"),
+    "cache": ("C", VERMILION, "#FBE9DD"),
+    "tokens": ("T", GREY, "#ECECEC"),
+    "write memory": ("W", GREEN, "#E0F3EE"),
+}
 
 
-def draw_associative():
-    """Accuracy over length, with what was seen in training shaded, and pairs held over pairs shown."""
-    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-    for axis, (task, lengths) in zip(axes, LENGTHS.items(), strict=True):
-        for name, (_, line, color) in ASSOCIATIVE.items():
-            for i, run in enumerate(associative(task, name)):
-                points = {int(n): score["teacher_forced"] for n, score in run.items() if n.isdigit()}
-                if task == "remember":
-                    points = {n - 1: held(score, n - 1) for n, score in points.items()}
-                axis.plot(points.keys(), points.values(), line, color=color, markersize=3, linewidth=1,
-                          label=name.replace("`", "") if i == 0 else None)
-        axis.set_xscale("log")
-        if task == "remember":
-            axis.axvspan(1, lengths[0] - 1, color="0.9")
-            axis.plot([1, 64], [1, 64], color="0.6", linewidth=0.8, linestyle=":")
-            axis.set(xlabel="pairs shown", title="remember: pairs held")
-        else:
-            axis.axvspan(2, lengths[0], color="0.9")
-            axis.axhline(1 / 6 if task == "facts" else 0.1, color="0.6", linewidth=0.8, linestyle=":")
-            axis.set(xlabel="segments of the sample", title=task, ylim=(0, 1.03))
-    axes[0].set_ylabel("right answers")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
-    save(figure, "associative")
+def draw_masks(records):
+    """The mask of every variant, with a full cache, and that of a bottleneck with a window."""
+    n_tokens = 5
+    shown = dict.fromkeys(VARIANTS, 0) | {"mem_bottleneck, window 2": 2}
+    n_across = 5
+    n_down = -(-(len(shown) + 1) // n_across)
+    across = 15  # cells from panel to panel
+    down = 16
+    size = (n_across * across, n_down * down)
+    figure, axis = plt.subplots(figsize=(WIDTH, WIDTH * size[1] / size[0]))
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1)
+    axis.set(xlim=(0, size[0]), ylim=(size[1], 0), aspect="equal")
+    axis.axis("off")
+
+    for i, (name, window) in enumerate(shown.items()):
+        model = RMT(Config(name.split(",")[0], segment_len=n_tokens, n_mem=2, cache_len=3,
+                           window=window))
+        mask = model.mask(n_tokens, model.n_cache).tolist()
+        columns = [model.n_read, model.n_cache, n_tokens, model.n_write]
+        rows = [model.n_read, 0, n_tokens, model.n_write]
+        left = i % n_across * across + 2
+        top = i // n_across * down + 5
+        title = name.replace(", ", ",\n").replace("_encoder", "\n_encoder")
+        if name == "rmt_encoder":
+            title = name
+        axis.text(left, top - 2.1, title, va="bottom", linespacing=1.1)
+        draw_mask(axis, left, top, mask, columns, rows)
+
+    x = len(shown) % n_across * across + 2
+    y = len(shown) // n_across * down + 5
+    axis.text(x, y - 1, "A row may look at\nthe filled columns.", va="center")
+    for i, (name, (letter, color, _)) in enumerate(BLOCKS.items()):
+        axis.add_patch(Rectangle((x, y + 1.5 + 2 * i), 1.4, 1.4, facecolor=color))
+        axis.text(x + 2.2, y + 2.2 + 2 * i, f"{letter}  {name}", va="center")
+    return figure
 
 
-def draw_diagonal():
+def draw_mask(axis, left, top, mask, columns, rows):
+    """One mask with its corner at (left, top), in cells, and the letters of its blocks."""
+    looks = list(BLOCKS.values())
+    x = left
+    for size, (letter, color, light) in zip(columns, looks, strict=True):
+        if size > 0:
+            axis.add_patch(Rectangle((x, top), size, len(mask), facecolor=light))
+            axis.text(x + size / 2, top - 1, letter, ha="center", va="center", color=color)
+        for column in range(x, x + size):
+            for row in range(len(mask)):
+                if mask[row][column - left]:
+                    corner = (column + 0.06, top + row + 0.06)
+                    axis.add_patch(Rectangle(corner, 0.88, 0.88, facecolor=color))
+        x += size
+        if 0 < size and x < left + sum(columns):
+            axis.plot([x, x], [top, top + len(mask)], color=BLACK, linewidth=1)
+    y = top
+    for size, (letter, color, _) in zip(rows, looks, strict=True):
+        if size > 0:
+            axis.text(left - 1, y + size / 2, letter, ha="center", va="center", color=color)
+        y += size
+        if 0 < size and y < top + len(mask):
+            axis.plot([left, left + sum(columns)], [y, y], color=BLACK, linewidth=1)
+
+
+def draw_diagonal(records):
     """In which step each segment meets each layer: one after another, and along diagonals."""
-    n_layer, n_segments = 4, 8
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-    for axis, name, wait in zip(axes, ("unroll", "unroll_diagonal"), (n_layer, 1), strict=True):
-        steps = [[wait * s + layer for s in range(n_segments)] for layer in range(n_layer)]
-        axis.imshow(steps, cmap="Greys", vmin=0, vmax=1.6 * steps[-1][-1], origin="lower")
-        for layer, row in enumerate(steps):
-            for s, step in enumerate(row):
-                axis.text(s, layer, step, ha="center", va="center", fontsize=9)
-        axis.set(xlabel="segment", ylabel="layer", xticks=range(n_segments), yticks=range(n_layer),
-                 title=f"{name}: {steps[-1][-1] + 1} steps for {n_layer * n_segments} cells")
-    save(figure, "diagonal")
+    n_layer = 4
+    n_segments = 8
+    now = 4  # a step that stands out
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.8), layout="constrained")
+    ways = {"unroll": (n_layer, "one cell each"), "unroll_diagonal": (1, "a diagonal each")}
+    for axis, (name, (wait, each)) in zip(axes, ways.items(), strict=True):
+        last = wait * (n_segments - 1) + n_layer
+        for s in range(n_segments):
+            for layer in range(n_layer):
+                step = wait * s + layer + 1
+                ink, paper = ("white", BLUE) if step == now else (BLACK, PALE)
+                axis.add_patch(Rectangle((s + 0.5, layer + 0.5), 1, 1, facecolor=paper,
+                                         edgecolor="white", linewidth=1.5))
+                axis.text(s + 1, layer + 1, step, ha="center", va="center", color=ink)
+        axis.set(xlim=(0.5, n_segments + 0.5), ylim=(0.5, n_layer + 0.5), aspect="equal",
+                 xticks=range(1, n_segments + 1), yticks=range(1, n_layer + 1),
+                 xlabel="segment", ylabel="layer", title=f"{name}: {last} steps, {each}")
+        axis.tick_params(length=0)
+    return figure
 
 
-def draw_staircase():
-    """A fact D segments back is learned where bptt_depth reaches it; mixed distances need a depth of 1 only."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained",
-                                         width_ratios=(2, 1))
-    shades = {"1": "0", "2": "0.4", "3": "0.7"}
-    for axis, curriculum in ((left, "fixed"), (right, "random")):
-        runs = record("staircase", curriculum=curriculum)
-        for i, distance in enumerate(sorted({run["flags"]["segments"] - 1 for run in runs})):
-            here = [run for run in runs if run["flags"]["segments"] - 1 == distance]
-            depths = [run["flags"]["bptt_depth"] for run in here]
-            scores = [run["results"]["rmt"][str(distance + 1)]["teacher_forced"] for run in here]
-            offset = 0.08 * (i - 1) if curriculum == "fixed" else 0
-            name = f"D = {distance}" if curriculum == "fixed" else f"D = 1 .. {distance}, mixed; read at {distance}"
-            axis.plot([d + offset for d in depths], scores, "os^"[i], label=name, alpha=0.8,
-                      color=shades.get(str(distance), "0") if curriculum == "fixed" else "0")
-        axis.axhline(0.1, color="0.6", linestyle=":")
-        axis.set(xlabel="bptt_depth, boundaries", xticks=sorted({run["flags"]["bptt_depth"] for run in runs}))
-        axis.legend(fontsize=8, loc="center right")
-    left.set(ylabel="fact symbols right", title="the fact is always D segments back", ylim=(0, 1.05))
-    right.set(title="distances mixed")
-    save(figure, "staircase")
+def draw_staircase(records):
+    """A fact D segments back is learned where bptt_depth reaches it."""
+    runs = records["staircase"]
+    fixed = find(runs, curriculum="fixed")
+    mixed = find(runs, curriculum="random")
+    panels = []  # title, segments of the sample, runs
+    for n in sorted({setting(run, "segments") for run in fixed}):
+        title = "1 segment back" if n == 2 else f"{n - 1} segments back"
+        panels.append((title, n, find(fixed, segments=n)))
+    for n in sorted({setting(run, "segments") for run in mixed}):
+        panels.append((f"1 to {n - 1} back, mixed", n, find(mixed, segments=n)))
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.7), sharey=True,
+                                layout="constrained")
+    depths = sorted({setting(run, "bptt_depth") for run in runs})
+    for axis, (title, n, seeds) in zip(axes, panels, strict=True):
+        axis.axvspan(n - 1.5, depths[-1] + 0.5, color=PALE, zorder=0)
+        chance(axis, 0.1)
+        points = {depth: at_length(find(seeds, bptt_depth=depth), n) for depth in depths}
+        plot_points(axis, look("rmt"), points)
+        axis.set(title=title, xticks=depths, ylim=(0, 1.05),
+                 xlim=(depths[0] - 0.5, depths[-1] + 0.5))
+    axes[0].set_ylabel("fact symbols right")
+    figure.suptitle("How far back the fact stands; shaded: gradient reaches it", fontsize=12)
+    figure.supxlabel("bptt_depth, boundaries that gradient crosses in training", fontsize=12)
+    return figure
+
+
+def draw_length(records):
+    """Accuracy of memorize and detect over the segments, with and without noise on the memory."""
+    where = {"memorize": "the fact is in the first segment", "detect": "the fact is in any segment"}
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.6), sharey=True, layout="constrained")
+    for axis, (task, (most, published)) in zip(axes, LENGTH.items(), strict=True):
+        noisy = find(records["length"], task=task, memory_noise=most)
+        plain = find(records["length"], task=task, memory_noise=0.0)
+        plot_seeds(axis, AS_BEFORE, [thinned(by_length(run), 8) for run in plain],
+                   "rmt, trained without noise")
+        plot_seeds(axis, look("rmt"), [thinned(by_length(run), 8) for run in noisy],
+                   "rmt, trained with noise on its memory")
+        axis.plot(4096, published, "*", color=BLACK, markerfacecolor="white", markersize=16,
+                  linestyle="none", label="published [RMT-1M]", clip_on=False, zorder=4)
+        shade(axis, 2, 8, "lengths of training samples")
+        chance(axis, 0.1, "guessing")
+        axis.set(title=f"{task}: {where[task]}", xlabel="segments of the sample", ylim=(0, 1.05))
+        count_axis(axis, [2, 8, 64, 512, 4096])
+    axes[0].set_ylabel("fact symbols right")
+    legend_below(figure, axes[0], 2)
+    return figure
+
+
+def draw_curriculum(records):
+    """The default run of rmt over its training lengths, with two curricula."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.8), layout="constrained")
+    styles = {"curriculum": AS_BEFORE, "copying": look("rmt")}
+    labels = {
+        "curriculum": "all steps on the longest\nlength so far",
+        "copying": "30 % of the steps\non shorter lengths",
+    }
+    lengths = COPYING["copy"]
+    for i, (name, style) in enumerate(styles.items()):
+        runs = find(records[name], task="copy", model="rmt")
+        points = {x: at_length(runs, n) for x, n in enumerate(lengths)}
+        label = f"{labels[name]} ({len(runs)} seeds)"
+        plot_points(axis, style, points, label, aside=0.06 * i - 0.03)
+    chance(axis, 0.1, "guessing")
+    axis.set(xlabel="segments of the sample, all of them trained", ylabel="answer symbols right",
+             xticks=range(len(lengths)), xticklabels=lengths, ylim=(0, 1.05), xlim=(-0.3, 2.3),
+             title="copy over each trained length, after two curricula")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), labelspacing=1)
+    return figure
+
+
+def draw_language(records):
+    """Bits per character by position in the segment, and over bptt_depth."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained",
+                                         width_ratios=(3, 2))
+    for name in BESIDE:
+        plot_seeds(left, look(name), by_position(language(records, **LANGUAGE[name])),
+                   name.replace("`", ""), every=[0, 1, 2, 3, 5, 7, 11, 15, 23, 31])
+    left.set(xlabel="position in the segment, characters", ylabel="bits per character",
+             title="What memory is worth, by position")
+    left.set_yscale("log")
+    left.set_yticks([2, 2.25, 2.5, 3, 3.5], ["2.00", "2.25", "2.50", "3.00", "3.50"])
+    left.set_yticks([], minor=True)
+    count_axis(left, [1, 2, 4, 8, 16, 32])
+    depths = {depth: bits(language(records, **DEPTH, bptt_depth=depth)) for depth in range(4)}
+    plot_points(right, look("rmt"), depths)
+    right.set(xlabel="bptt_depth, boundaries", ylabel="bits per character", xticks=range(4),
+              xlim=(-0.4, 3.4), title="rmt, by the reach of gradient")
+    legend_below(figure, left, 4)
+    return figure
+
+
+def draw_family(records):
+    """Bits per character by position in the segment, and what a reset of the memory costs there."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.8), layout="constrained")
+    places = [0, 1, 2, 3, 5, 7, 11, 15, 23, 31]
+    for name in FAMILY:
+        runs = family(records, name, "train_lm.py")
+        carried = by_position(runs)
+        reset = by_position(runs, "reset")
+        cost = []
+        for ours, without in zip(carried, reset, strict=True):
+            cost.append({x: without[x] - ours[x] for x in ours})
+        label = name.replace("`", "")
+        plot_seeds(left, look(name), carried, label, places)
+        plot_seeds(right, look(name), cost, label, places)
+    left.set(ylabel="bits per character", title="Language, memory carried on")
+    right.set(ylabel="more bits per character", title="What it costs to reset the memory")
+    right.set_yscale("log")
+    right.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
+    right.set_yticks([], minor=True)
+    for axis in (left, right):
+        axis.set_xlabel("position in the segment, characters")
+        count_axis(axis, [1, 2, 4, 8, 16, 32])
+    legend_below(figure, left, 3)
+    return figure
+
+
+def draw_associative(records):
+    """Right answers over the length of a sample: above rules that update, below other models."""
+    groups = {
+        "armt, by the rule that updates its matrix":
+            ("`armt`, delta", "`armt`, armt", "`armt`, hebbian"),
+        "armt, beside other models":
+            ("`armt`, delta", "`rmt`, M 8", "`rmt`, as large", "`transformer_xl`"),
+    }
+    figure = plt.figure(figsize=(WIDTH, 7.6), layout="constrained")
+    for part, (title, names) in zip(figure.subfigures(2, 1), groups.items(), strict=True):
+        part.suptitle(title, fontsize=12, fontweight="bold")
+        axes = part.subplots(1, len(ASSOCIATIVE_LENGTHS), sharey=True)
+        for task, axis in zip(ASSOCIATIVE_LENGTHS, axes, strict=True):
+            draw_associative_task(records, axis, task, names)
+        axes[0].set_ylabel("right answers")
+        legend_below(part, axes[0], 3)
+    return figure
+
+
+def draw_associative_task(records, axis, task, names):
+    """One panel of draw_associative."""
+    longest = ASSOCIATIVE_LENGTHS[task][0]
+    for name in names:
+        seeds = [thinned(by_length(run), longest) for run in associative(records, task, name)]
+        if task == "remember":
+            seeds = [{n - 1: share for n, share in seed.items()} for seed in seeds]
+        plot_seeds(axis, look(name), seeds, name.replace("`", ""))
+    axis.set(ylim=(0, 1.05), title=task)
+    if task == "remember":
+        shade(axis, 1, longest - 1, "lengths in training")
+        axis.set_xlabel("pairs")
+        count_axis(axis, [1, 4, 16, 64])
+    else:
+        shade(axis, 2, longest, "lengths in training")
+        axis.set_xlabel("segments")
+        count_axis(axis, [10, 100, 1000], base=10)
+    chance(axis, 1 / 6 if task == "facts" else 0.1, "guessing")
+
+
+FIGURES = {  # name: the function, and the records that it needs
+    "method": (draw_method, []),
+    "masks": (draw_masks, []),
+    "diagonal": (draw_diagonal, []),
+    "staircase": (draw_staircase, ["staircase"]),
+    "length": (draw_length, ["length"]),
+    "curriculum": (draw_curriculum, ["copying", "curriculum"]),
+    "language": (draw_language, ["language"]),
+    "family": (draw_family, ["family"]),
+    "associative": (draw_associative, ["associative"]),
+}
+
+
+def draw_attention(folder):
+    """What the rows of a finished run of train_copy.py look at, in a fresh sample."""
+    saved = train_copy.load(folder)
+    args = Namespace(**saved["settings"])
+    args.device = "cpu"
+    model = train_copy.build(args, args.model)
+    model.load_state_dict(saved["runs"][args.model]["model"])
+    model.eval()
+    generator = torch.Generator().manual_seed(args.seed + 2**31)
+    inputs, targets = train_copy.sample(args, model, args.segments, 1, generator)
+    figure = train_copy.draw_attention(args, model, inputs, targets.size(1))
+    figure.set_size_inches(WIDTH, 2 * WIDTH / args.n_layer)
+    for axis in figure.axes:
+        axis.spines[:].set_visible(True)
+    return figure
+
+
+# ==================================================================================================
+# Main
+
+
+def parse(argv):
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--png", type=Path, nargs="?", const=ROOT / "out" / "slides", metavar="FOLDER",
+         help="draw every figure as a PNG for slides, and nothing else; default: out/slides")
+    flag("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the records are")
+    flag("--out", type=Path, default=ASSETS, metavar="FOLDER", help="where the figures go")
+    flag("--readme", type=Path, nargs="*", default=READMES, metavar="FILE",
+         help="files that get the tables")
+    commands = parser.add_subparsers(dest="work")
+    attention = commands.add_parser("attention", help="draw attention.svg from a run's folder")
+    attention.add_argument("folder", type=Path)
+    gathering = commands.add_parser("gather", help="put results into one record")
+    gathering.add_argument("name")
+    gathering.add_argument("files", type=Path, nargs="+")
+    gathering.add_argument("--commit", metavar="HASH", help="of the script that made these runs")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Gather, or draw and fill in."""
+    if args.work == "gather":
+        gather(args.name, args.files, args.commit, args.results)
+        return
+    plt.switch_backend("Agg")
+    plt.rcParams.update(STYLE)
+    folder = args.png or args.out
+    kind = "png" if args.png else "svg"
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.work == "attention":
+        save(draw_attention(args.folder), "attention", folder, kind)
+        return
+    records = read_records(args.results)
+    for name, (draw, needs) in FIGURES.items():
+        if is_there(f"figure {name}", needs, records):
+            save(draw(records), name, folder, kind)
+    if args.png is None:
+        made = tables(args.results)
+        for path in args.readme:
+            if path.exists():
+                fill(path, made)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["gather"]:
-        gather(sys.argv[2], sys.argv[3:])
-    else:
-        draw_method()
-        draw_length()
-        draw_staircase()
-        draw_language()
-        draw_associative()
-        draw_diagonal()
-        draw_family()
-        save(draw_masks(), "masks")
-        print("\n".join([*tables(), *language_tables(), *associative_tables(), *family_tables()]))
+    main(parse(sys.argv[1:]))
