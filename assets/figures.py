@@ -743,7 +743,7 @@ BLOCKS = {  # of the columns and rows of a mask: letter, colour, colour where no
 }
 
 
-def draw_masks(records):
+def draw_masks(records=None):
     """The mask of every variant, with a full cache, and that of a bottleneck with a window."""
     n_tokens = 5
     shown = dict.fromkeys(VARIANTS, 0) | {"mem_bottleneck, window 2": 2}
