@@ -388,7 +388,7 @@ PAIRS = {
 }
 RECIPES = {
     "copy": COPYING | {"segments": 9},
-    "reverse": COPYING | {"segments": 6, "steps": 900},
+    "reverse": COPYING | {"segments": 6},
     "memorize": FACTS | {"segments": 8},
     "detect": FACTS | {"segments": 8, "steps": 2000, "config": {"memory_noise": 0.6}},
     "retrieval": FACTS | {"segments": 3, "segment_len": 4, "batch": 64, "config": {}},
@@ -447,6 +447,8 @@ def parse(argv):
 
     parser.set_defaults(**RECIPES["copy"])  # for --help
     args, _ = parser.parse_known_args(argv)
+    if argv.count("--config") > 1:
+        fail("--config is given twice: name all fields after the first one")
     recipe = RECIPES[args.task]
     if args.resume is not None:
         for word in argv:
@@ -1004,7 +1006,7 @@ def draw_attention(args, model, tokens, n_answer):
 
 def draw_map(axis, weights, widths):
     """One matrix, with borders and names of its blocks; rows have no cache."""
-    axis.imshow(weights.cpu(), cmap="Greys", vmin=0, vmax=1)
+    axis.imshow(weights.cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
     read, _, tokens, write = widths
     blocks = [
         (widths, axis.axvline, axis.set_xticks),

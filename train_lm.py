@@ -309,6 +309,9 @@ def parse(argv):
     flag("--resume", metavar="FOLDER", help="go on with a run, to the same numbers")
 
     args = parser.parse_args(argv)
+    for name in ("--config", "--data"):
+        if argv.count(name) > 1:
+            fail(f"{name} is given twice: put all after the first one")
     recipe = RECIPE
     for folder, other_flags in [(args.resume, WITH_RESUME), (args.sample, WITH_SAMPLE)]:
         if folder is not None:
