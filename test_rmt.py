@@ -2411,7 +2411,7 @@ class TestScripts:
             vocabulary = (13,)
         flags += " --config " + " ".join(f"{name}={value}" for name, value in others.items())
         assert script.build(arguments(script, flags), "armt", *vocabulary).config == expected
-        kept = arguments(script, f"{flags} --config dropout=0.5")  # what is not named stays
+        kept = arguments(script, "--config dropout=0.5")  # what is not named stays
         assert kept.config == arguments(script, "").config | {"dropout": 0.5}
 
     @both_scripts

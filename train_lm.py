@@ -869,28 +869,12 @@ def main(args):
     plt.switch_backend("Agg")  # pictures go to files
     plt.rcParams["font.size"] = 12
     torch.set_num_threads(args.threads)
-    names = [args.model]
-    if args.baseline not in ("none", args.model):
-        names.append(args.baseline)
     try:
         if args.sample is not None:
             if RANK == 0:
                 write_text(args)
             return
-        if args.batch % RANKS != 0:
-            raise ValueError(f"--batch {args.batch} must be divisible by the {RANKS} ranks")
-        if RANKS > 1:
-            join_ranks(args)
-        if RANK > 0:
-            dist.barrier()  # until the first rank has read the text, which it may download
-        text = Text(read(args.data))
-        if RANK == 0 and RANKS > 1:
-            dist.barrier()
-        check_sizes(args, text)
-        runs = {name: new_run(args, name, len(text.vocabulary)) for name in names}
-        model = runs[args.model].model
-        trial = write_on(args, model, text.vocabulary, os.fsencode(args.prompt))
-        list(islice(trial, 2))  # the prompt and a character: a wrong flag is known before training
+        text, runs = prepare(args)
     except ValueError as reason:
         fail(reason)
 
@@ -901,17 +885,7 @@ def main(args):
     save_runs(args, runs, text)
     if RANK == 0:
         write_json(args.out / "config.json", settings_of(args))
-        print(f"{' '.join(args.data)}: {len(text.train)} characters to train on, {len(text.valid)} "
-              f"to validate, {len(text.test)} to test; {len(text.vocabulary)} different ones")
-        if text.n_unseen > 0:
-            print(f"left out: {text.n_unseen} characters that the training part does not have")
-        n_characters = args.batch * args.segments_per_step * args.segment_len
-        print(f"device {args.device}, ranks {RANKS}, seed {args.seed}, {n_characters} characters a "
-              f"step, files in {args.out}")
-        for name, run in runs.items():
-            n_parameters = sum(p.numel() for p in run.model.parameters())
-            print(f"{name}: {n_parameters} parameters, state of {run.model.state_floats()} floats",
-                  flush=True)
+        print_settings(args, text, runs)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     try:
@@ -926,6 +900,43 @@ def main(args):
         sys.exit(130)
     if RANKS > 1:
         dist.destroy_process_group()
+
+
+def prepare(args):
+    """The text, and the runs at step 0. Raises ValueError where something does not fit."""
+    if args.batch % RANKS != 0:
+        raise ValueError(f"--batch {args.batch} must be divisible by the {RANKS} ranks")
+    if RANKS > 1:
+        join_ranks(args)
+    if RANK > 0:
+        dist.barrier()  # until the first rank has read the text, which it may download
+    text = Text(read(args.data))
+    if RANK == 0 and RANKS > 1:
+        dist.barrier()
+    check_sizes(args, text)
+    names = [args.model]
+    if args.baseline not in ("none", args.model):
+        names.append(args.baseline)
+    runs = {name: new_run(args, name, len(text.vocabulary)) for name in names}
+    model = runs[args.model].model
+    trial = write_on(args, model, text.vocabulary, os.fsencode(args.prompt))
+    list(islice(trial, 2))  # the prompt and a character: a wrong flag is known before training
+    return text, runs
+
+
+def print_settings(args, text, runs):
+    """What is going to be trained, on what."""
+    print(f"{' '.join(args.data)}: {len(text.train)} characters to train on, {len(text.valid)} "
+          f"to validate, {len(text.test)} to test; {len(text.vocabulary)} different ones")
+    if text.n_unseen > 0:
+        print(f"left out: {text.n_unseen} characters that the training part does not have")
+    n_characters = args.batch * args.segments_per_step * args.segment_len
+    print(f"device {args.device}, ranks {RANKS}, seed {args.seed}, {n_characters} characters a "
+          f"step, files in {args.out}")
+    for name, run in runs.items():
+        n_parameters = sum(p.numel() for p in run.model.parameters())
+        print(f"{name}: {n_parameters} parameters, state of {run.model.state_floats()} floats",
+              flush=True)
 
 
 if __name__ == "__main__":
