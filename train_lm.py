@@ -1,7 +1,7 @@
 """Train a character-level language model with memory, beside the same model without memory.
 
     python train_lm.py
-        Python's standard library, no download; four minutes on a laptop. The last lines say that
+        Python's standard library, no download; three minutes on a laptop. The last lines say that
         rmt ends at least 0.05 bits per character below transformer.
     python train_lm.py --data book.txt notes/
         The same on your own text, files and folders. --data enwik8 downloads the text of the paper.
