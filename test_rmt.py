@@ -2304,8 +2304,8 @@ class TestTexts:
 
 MISTAKES = [
     (train_copy, "--task sort", "invalid choice: 'sort'"),
-    (train_copy, "--segments 8", "8 segments must be at least 2 and a multiple of 3"),
-    (train_copy, "--eval-segments 4", "4 segments must be at least 2 and a multiple of 3"),
+    (train_copy, "--segments 8", "8 segments must be a multiple of 3"),
+    (train_copy, "--eval-segments 4", "4 segments must be a multiple of 3"),
     (train_copy, "--task retrieval --segment-len 3", "--segment-len 3 must be at least 4"),
     (train_copy, "--task remember --keys 4 --segments 6", "6 segments must be at most 5"),
     (train_copy, "--task facts --segment-len 11", "--segment-len 11 must be a multiple of 6"),
@@ -2320,7 +2320,7 @@ MISTAKES = [
     (train_lm, "--data short.txt --batch 1", "its valid part has 10 characters and must have 33"),
     (train_lm, "--data mixed", "zeros.bin holds zero bytes and is no text"),
     (train_lm, "--data no.zip", "no.zip cannot be unpacked"),
-    (train_lm, "--prompt \u00e9", "has bytes that the training part has not: b"),
+    (train_lm, "--prompt \u00e9", "has bytes that do not occur in the training part: b"),
     (train_lm, "--model rmt_encoder", "'rmt_encoder' sees whole segments, the next character too"),
     (train_lm, "--temperature 1e-9", "temperature=1e-09 must be 0 (the most likely token)"),
     (train_lm, "--sample nowhere", "nowhere/checkpoint.pt is no run of train_lm.py"),

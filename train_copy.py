@@ -9,10 +9,12 @@
         Four keys whose values change; a minute and a half. armt ends at 1.0, transformer near 0.10.
 
 A folder out/TASK-1 (-2, -3, ...) gets config.json, metrics.csv, checkpoint.pt, result.json,
-training.png and attention.png. Ctrl-C saves the run; `--resume FOLDER` goes on with it.
+training.png and, but for armt, attention.png. Ctrl-C saves the run; `--resume FOLDER` goes on.
 
 This file needs rmt.py beside it and nothing else of this project. It reads from top to bottom:
-tasks, flags, model and samples, evaluation, training, checkpoints, report, main.
+tasks, flags, model and samples, evaluation, training, files, report, main. The papers [RMT],
+[RMT-1M] and [ARMT] are listed in rmt.py; [bAbI] is Weston et al. Towards AI-Complete Question
+Answering. 2015, arXiv:1502.05698.
 """
 import argparse
 import ast
@@ -23,6 +25,7 @@ import math
 import os
 import platform
 import random
+import re
 import shlex
 import signal
 import sys
@@ -30,6 +33,7 @@ import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, pairwise
 from pathlib import Path
 
@@ -82,6 +86,7 @@ def reverse(args, segments, batch, generator):
 
 def retrieval(args, segments, batch, generator):
     """A key and its value in each segment, no key twice; then one key is asked for [RMT] sec. 4.
+    The marks are those of [ARMT].
 
         input    7 | 2 |   5 | 9 |   7 ?
         target   . . . .   . . . .   . 2
@@ -96,7 +101,7 @@ def retrieval(args, segments, batch, generator):
 
 
 def remember(args, segments, batch, generator):
-    """As retrieval, without marks, and keys are no symbols [ARMT] sec. 4.
+    """As retrieval, without marks, and with tokens of their own for keys [ARMT] sec. 4.
 
         input    k7 2   k1 9   k7        (2 tokens a segment)
         target    . .    . .    2
@@ -159,7 +164,7 @@ def detect(args, segments, batch, generator):
 
 
 def fact_in_noise(args, segments, where, generator):
-    """A fact of half a segment at the start of the segments where (B, 1); noise; a question."""
+    """Noise, with a fact of half a segment at the start of segment `where` (B, 1); a question."""
     batch, T = len(where), args.segment_len
     n = T // 2
     fact = draw_symbols(args, (batch, n), generator)
@@ -171,7 +176,7 @@ def fact_in_noise(args, segments, where, generator):
     return torch.cat([noise, question, fact], dim=1), n
 
 
-# Facts about people and places, in the manner of bAbI [BABI].
+# Facts about people and places, in the manner of bAbI [bAbI].
 
 PEOPLE = "mary john sandra daniel".split()
 OBJECTS = "apple football milk book".split()
@@ -236,7 +241,7 @@ def relations(rng, n):
     links = [(a, rng.choice(SIDES), b) for a, b in pairwise(places)]
     a, side, b = rng.choice(links)
     rng.shuffle(links)
-    facts = [f"{first} is {of} of {second} ." for first, of, second in links]
+    facts = [f"{first} is {direction} of {second} ." for first, direction, second in links]
     if rng.random() < 0.5:
         return facts, f"what is {side} of {b}", a
     return facts, f"{a} is {side} of what", b
@@ -246,7 +251,7 @@ STORIES = {"facts": one_fact, "two-facts": two_facts, "relations": relations}
 
 
 def facts(args, segments, batch, generator):
-    """Sentences of a small world scattered in noise, six tokens each, and a question [BABI].
+    """Sentences of a small world scattered in noise, six tokens each, and a question [bAbI].
 
         input    mary went to the office .   the old river meets trees .   where is mary
         target   .    .    .  .   .      .   .   .   .     .     .     .   .     .  office
@@ -272,7 +277,7 @@ CHARACTERS = "|?_0123456789+-*/^=,()xDnoe"  # BLANK fills up the fields of an eq
 
 
 def quadratic(args, segments, batch, generator):
-    """An equation, divided by its first coefficient, D, two roots, and the answer [RMT] sec. 4.
+    """An equation, its monic form, the discriminant D, two roots, and the answer [RMT] sec. 4.
 
         input    -4*x^2+392*x-2208=0__  x^2-98*x+552=0_______ ... (six fields of 30 characters)
         target   ....................x  ^2-98*x+552=0_______D ... D=7396 x=(98-86)/2=6 ... 6,92
@@ -324,7 +329,7 @@ def vocabulary(args):
 def chance(args):
     """The share of answer symbols that the best constant guess gets right."""
     if args.task == "quadratic":
-        return 0.1  # counted: of the symbols 2 and =
+        return 0.1  # measured: the share of the most frequent symbols, 2 and =
     return 1 / (len(PLACES) if args.task in STORIES else args.symbols)
 
 
@@ -338,14 +343,14 @@ def check_sizes(args):
     if args.task in STORIES and T % 6 != 0:
         raise ValueError(f"--segment-len {T} must be a multiple of 6, the length of a sentence")
     for n in [args.segments, *args.eval_segments]:
-        if n < 2 or n % multiple != 0:
-            raise ValueError(f"{n} segments must be at least 2 and a multiple of {multiple} for "
-                             f"--task {args.task}")
         if args.task == "quadratic" and (n, T) != (6, 30):
             raise ValueError(f"{n} segments of {T} must be 6 of 30 for --task quadratic")
+        if n % multiple != 0:
+            raise ValueError(f"{n} segments must be a multiple of {multiple} for --task "
+                             f"{args.task}")
         if n > most_segments(args):
-            raise ValueError(f"{n} segments must be at most {most_segments(args)} (with --keys or "
-                             "--symbols as they are, where no key comes twice)")
+            raise ValueError(f"{n} segments must be at most {most_segments(args)} for --task "
+                             f"{args.task}, with --keys and --symbols as they are")
     check_memory(args)
 
 
@@ -363,9 +368,9 @@ def check_memory(args):
 
 
 def most_segments(args):
-    """The longest sample that a task has."""
+    """The longest sample that a task has. Where no key comes twice, there must be enough keys."""
     most = {"quadratic": 6, "retrieval": args.symbols + 1, "remember": args.keys + 1}
-    return most.get(args.task, 10**6)
+    return most.get(args.task, 10**6)  # which is hours of evaluation
 
 
 # ==================================================================================================
@@ -401,6 +406,9 @@ RECIPES = {
     "quadratic": COPYING | {"segments": 6, "segment_len": 30, "batch": 32, "lr": 2e-3,
                             "steps": 4000, "d_model": 128, "curriculum": "fixed"},
 }
+
+
+WITH_RESUME = ["--resume", "--device", "--threads", "--steps", "--eval-segments", "--target"]
 
 
 def parse(argv):
@@ -441,18 +449,19 @@ def parse(argv):
     flag("--eval-segments", type=number(int, 2), nargs="+", metavar="N",
          help="longer samples to try; None: twice and four times --segments")
     flag("--target", type=number(float, 0, 1), default=0.0,
-         help="exit with status 1 unless the model gets this share right at every trained length")
+         help="exit with status 1 unless the model gets this share right over trained lengths")
     flag("--out", metavar="FOLDER", help="where to write; None: the first free out/TASK-N")
     flag("--resume", metavar="FOLDER", help="go on with a run, to the same numbers")
 
     parser.set_defaults(**RECIPES["copy"])  # for --help
     args, _ = parser.parse_known_args(argv)
-    if argv.count("--config") > 1:
-        fail("--config is given twice: name all fields after the first one")
+    names = [word.split("=")[0] for word in argv]
+    for name in ("--config", "--eval-segments"):
+        if names.count(name) > 1:
+            fail(f"{name} is given twice: put all after the first one")
     recipe = RECIPES[args.task]
     if args.resume is not None:
-        for word in argv:
-            name = word.split("=")[0]
+        for name in names:
             if name.startswith("--") and name not in WITH_RESUME:
                 fail(f"{name} cannot be given with --resume: the run in {args.resume} stays as it "
                      "began")
@@ -465,9 +474,6 @@ def parse(argv):
     if args.resume is None:
         args.command = shlex.join(["python", "train_copy.py", *argv])
     return args
-
-
-WITH_RESUME = ["--resume", "--device", "--threads", "--steps", "--eval-segments", "--target"]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -546,6 +552,9 @@ def sample(args, model, segments, batch, generator):
 # Evaluation
 
 
+N_EVAL = 128  # samples per evaluation, fewer where they are very long
+
+
 @torch.no_grad()
 def evaluate(args, model, segments, between=lambda state: state, free=True):
     """Shares of right answers on fresh samples, and the samples: inputs, targets, answers.
@@ -583,16 +592,13 @@ def evaluate(args, model, segments, between=lambda state: state, free=True):
         prompt = inputs[:, first * T:inputs.size(1) - n + 1]
         answers = generate(model, prompt, n, before_answer, temperature=0)
 
-    scored = targets != BLANK  # blanks only fill up the fields of an equation
+    scored = targets != BLANK  # blanks, which fill up the fields of an equation, are only trained
     scores = {
         "teacher_forced": share(forced[scored] == targets[scored]),
         "free_running": share(answers[scored] == targets[scored]),
-        "whole_answers": share((answers == targets).all(dim=1)),
+        "whole_answers": share(((answers == targets) | ~scored).all(dim=1)),
     }
     return scores, (inputs, targets, answers)
-
-
-N_EVAL = 128  # samples per evaluation, fewer where they are very long
 
 
 def share(right):
@@ -631,24 +637,23 @@ def new_run(args, variant):
 
 def training_lengths(args):
     """How many segments a training sample can have."""
+    if args.curriculum == "fixed":
+        return [args.segments]
     return [n for n in range(2, args.segments + 1) if n % MULTIPLE.get(args.task, 1) == 0]
 
 
 def choose_length(args, run):
     """The segments of the next training samples, by the curriculum."""
     lengths = list(run.accuracy)[:run.unlocked]
-    longest = lengths[-1]
     if args.curriculum == "grow" and len(lengths) > 1:
         # It goes on practising shorter lengths in 30 % of the steps, or they are forgotten.
         practise = torch.rand((), generator=run.data) < 0.3
-        lengths = lengths[:-1] if practise else [longest]
-    if args.curriculum == "fixed":
-        lengths = [longest]
+        lengths = lengths[:-1] if practise else lengths[-1:]
     return lengths[torch.randint(len(lengths), (), generator=run.data)]
 
 
 def train(args, run, name, save):
-    """Train a run from where it stands to args.steps. It can be stopped, and has saved all then."""
+    """Train a run to args.steps. A request to stop ends it after a whole step, which is saved."""
     model = run.model.train()
     if run.step == 0:
         torch.manual_seed(args.seed)  # of noise and dropout, whatever was computed before
@@ -694,9 +699,10 @@ def train(args, run, name, save):
             if run.step % max(1, args.steps // 8) == 0:
                 tqdm.write(f"{name:16} step {run.step:5}   {longest} segments   "
                            f"loss {run.loss:.3f}   right {run.accuracy[longest]:.3f}")
-            if run.step % 200 == 0 or run.step == args.steps or stop:
+            stopping = len(stop) > 0  # read once: a signal can come at any moment
+            if run.step % 200 == 0 or run.step == args.steps or stopping:
                 save()
-            if stop:
+            if stopping:
                 break
         if stop:
             raise KeyboardInterrupt
@@ -704,7 +710,7 @@ def train(args, run, name, save):
 
 @contextmanager
 def stop_requests():
-    """A list that Ctrl-C and SIGTERM fill, so that a step is finished first. Twice kills."""
+    """A list that Ctrl-C and SIGTERM fill, so that a step is finished first. Twice stops it."""
     requests = []
 
     def on_signal(action):
@@ -751,7 +757,7 @@ def save_runs(args, runs):
     if args.device.startswith("cuda"):
         random_state.append(torch.cuda.get_rng_state(args.device))
     checkpoint = {"settings": settings_of(args), "runs": states, "random_state": random_state}
-    write(args.out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+    write(args.out / "checkpoint.pt", partial(torch.save, checkpoint))
 
     columns = ["model", "step", "segments", "loss"]
     columns += [f"accuracy_{n}" for n in training_lengths(args)]
@@ -776,7 +782,7 @@ def load(folder):
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at checksums
         if damaged:
-            fail(f"{path} is damaged: {damaged} has not the checksum that it was written with")
+            fail(f"{path} is damaged: {damaged} no longer has the checksum it was written with")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("settings", "runs", "random_state")}
     except Exception as reason:  # whatever is wrong with a file, it is one line for the user
@@ -825,10 +831,13 @@ def new_folder(stem):
             pass
 
 
+LOCKS = []  # open files: one that nobody refers to is closed
+
+
 def lock(folder):
     """Hold a file of the folder until the process ends: the system lets it go, even if killed."""
     file = (folder / ".lock").open("w", encoding="utf-8")
-    LOCKS.append(file)  # as a file that nobody refers to is closed
+    LOCKS.append(file)
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -842,15 +851,12 @@ def lock(folder):
         pass  # some network drives know no locks
 
 
-LOCKS = []
-
-
 # ==================================================================================================
 # Report
 
 
 def report(args, runs):
-    """Evaluate, print and draw. Returns the accuracy of --model at its worst trained length."""
+    """Evaluate, print and draw. Returns the lowest accuracy of --model at a trained length."""
     lengths = training_lengths(args)
     trained = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
     longer = [n for n in args.eval_segments if n not in trained]
@@ -913,25 +919,33 @@ def print_controls(args, model):
 def print_examples(args, samples):
     """The first three samples, with the mistakes marked."""
     print(f"\nthree answers of {args.model}, free-running; ^ is a mistake")
-    for inputs, target, answer in zip(*(part[:3] for part in samples), strict=True):
-        prompt = inputs[:len(inputs) - len(target) + 1]
+    inputs, targets, answers = samples
+    for i in range(3):
+        prompt = inputs[i, :inputs.size(1) - targets.size(1) + 1]
         print(f"    input   {text(args, prompt)}")
-        print(f"    right   {text(args, target)}")
-        print(f"    model   {text(args, answer)}")
-        print(f"            {text(args, answer, wrong=answer != target)}")
+        print(f"    right   {text(args, targets[i])}")
+        print(f"    model   {text(args, answers[i])}")
+        print(f"            {carets(args, answers[i], answers[i] != targets[i])}")
 
 
-def text(args, row, wrong=None):
-    """Tokens (length,) as a line; or the carets to put below it, for those that are wrong."""
-    words = vocabulary(args)
-    line = []
-    for i, token in enumerate(row.tolist()):
-        word = words[token]
-        if wrong is not None:
-            word = ("^" if wrong[i] else " ") * len(word)
-        line.append(word)
-    one_letter_each = max(map(len, words)) == 1
-    return ("" if one_letter_each else " ").join(line)
+def text(args, row):
+    """Tokens (length,) as a line."""
+    words = [vocabulary(args)[token] for token in row.tolist()]
+    return separator(args).join(words)
+
+
+def carets(args, row, wrong):
+    """What to put below the line of these tokens: carets where they are wrong."""
+    marks = []
+    for token, is_wrong in zip(row.tolist(), wrong.tolist(), strict=True):
+        mark = "^" if is_wrong else " "
+        marks.append(mark * len(vocabulary(args)[token]))
+    return separator(args).join(marks)
+
+
+def separator(args):
+    """What stands between two tokens of a line: nothing where all are single characters."""
+    return "" if max(map(len, vocabulary(args))) == 1 else " "
 
 
 def hardware(args):
@@ -943,7 +957,8 @@ def hardware(args):
 
 def write_json(path, content):
     """A dict as a JSON file."""
-    write(path, lambda path: path.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+    text = json.dumps(content, indent=1)
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def draw(args, runs, samples):
@@ -954,7 +969,7 @@ def draw(args, runs, samples):
         inputs, targets, _ = samples
         pictures["attention.png"] = draw_attention(args, model, inputs[:1], targets.size(1))
     for name, picture in pictures.items():
-        write(args.out / name, lambda path, picture=picture: picture.savefig(path, format="png"))
+        write(args.out / name, partial(picture.savefig, format="png"))
         plt.close(picture)
     return list(pictures)
 
@@ -1080,6 +1095,7 @@ if __name__ == "__main__":
     except OSError as reason:
         fail(reason)
     except (MemoryError, RuntimeError) as reason:
-        if isinstance(reason, RuntimeError) and "memory" not in str(reason):
+        of_memory = re.search("allocate|out of memory", str(reason))
+        if isinstance(reason, RuntimeError) and not of_memory:
             raise
-        fail(f"this does not fit in memory: take a smaller --batch, --d-model or --n-mem; {reason}")
+        fail(f"this does not fit in memory, take a smaller --batch, --d-model or --n-mem: {reason}")

@@ -1,4 +1,4 @@
-"""Train a character-level language model with memory, beside the same model without memory.
+r"""Train a character-level language model with memory, beside the same model without memory.
 
     python train_lm.py
         Python's standard library, no download; three minutes on a laptop. The last lines say that
@@ -7,16 +7,16 @@
         The same on your own text, files and folders. --data enwik8 downloads the text of the paper.
     python train_lm.py --sample out/python-1 --prompt "def "
         The model in a folder writes text.
-    torchrun --nproc-per-node 4 train_lm.py --data enwik8 --bf16 --segment-len 128 --n-layer 12
-        --d-model 512 --n-head 8 --n-mem 10 --batch 24 --lr 2.5e-4 --steps 400000 --baseline none
-        --config dropout=0.1 memory_form=norm write_slot=memory
-        The paper's model of enwik8 on four GPUs; not measured yet.
+    torchrun --nproc-per-node 4 train_lm.py --data enwik8 --bf16 --segment-len 128 --n-layer 12 \
+        --d-model 512 --n-head 8 --n-mem 10 --batch 24 --lr 2.5e-4 --steps 400000 \
+        --baseline none --config dropout=0.1 memory_form=norm write_slot=memory
+        A model of the size of the paper's for enwik8, on four GPUs; not measured yet.
 
 A folder out/TEXT-1 (-2, -3, ...) gets config.json, metrics.csv, checkpoint.pt, result.json,
 loss.png, position.png and sample.txt. Ctrl-C saves the run; `--resume FOLDER` goes on with it.
 
 This file needs rmt.py beside it and nothing else of this project. It reads from top to bottom:
-ranks, texts, flags, model, evaluation, writing, training, checkpoints, report, main.
+ranks, texts, flags, model and evaluation, writing, training, files, report, main.
 """
 import argparse
 import ast
@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
@@ -37,6 +38,7 @@ import time
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -167,7 +169,7 @@ def download(name):
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)
         torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-    except Exception as reason:  # of the net there are many
+    except Exception as reason:  # a download can fail in many ways
         raise ValueError(f"no {name} from {url} (sha256 {sha256}): {reason}; it can be fetched by "
                          "other means, and given as --data FILE") from reason
     return path
@@ -259,6 +261,11 @@ def references(text):
 RECIPE = {"memory_form": "raw", "write_slot": "embedding"}  # fields of Config that --config changes
 
 
+WITH_RESUME = ["--resume", "--device", "--threads", "--steps"]
+WITH_SAMPLE = ["--sample", "--model", "--prompt", "--length", "--temperature", "--seed", "--device",
+               "--threads"]
+
+
 def parse(argv):
     """The settings of a run: the flags given, else the defaults or those of the run in a folder."""
     parser = argparse.ArgumentParser(usage="python train_lm.py [flags]", description=__doc__,
@@ -289,7 +296,7 @@ def parse(argv):
          help="segments that a step reads of each stream; the next step goes on from their state")
     flag("--bptt-depth", type=number(int, 0), help="boundaries that gradient crosses; None: all")
     flag("--reset-every", type=number(int, 0), default=64,
-         help="steps after which all streams start from the initial state; 0: never")
+         help="steps after which all streams start from the initial state; 0: when the text ends")
     flag("--lr", type=number(float, 0), default=0.012, help="learning rate, at its highest")
     flag("--bf16", action="store_true", help="train in bfloat16 where autocast does")
     flag("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of all random numbers")
@@ -309,17 +316,17 @@ def parse(argv):
     flag("--resume", metavar="FOLDER", help="go on with a run, to the same numbers")
 
     args = parser.parse_args(argv)
+    names = [word.split("=")[0] for word in argv if " " not in word]  # a prompt may have "--"
     for name in ("--config", "--data"):
-        if argv.count(name) > 1:
+        if names.count(name) > 1:
             fail(f"{name} is given twice: put all after the first one")
     recipe = RECIPE
-    for folder, other_flags in [(args.resume, WITH_RESUME), (args.sample, WITH_SAMPLE)]:
+    for folder, allowed in [(args.resume, WITH_RESUME), (args.sample, WITH_SAMPLE)]:
         if folder is not None:
-            for word in argv:
-                name = word.split("=")[0]
-                if name.startswith("--") and " " not in name and name not in other_flags:
-                    fail(f"{name} cannot be given with {other_flags[0]}: the run in {folder} stays "
-                         "as it began")
+            for name in names:
+                if name.startswith("--") and name not in allowed:
+                    fail(f"{name} cannot be given with {allowed[0]}: the run in {folder} stays as "
+                         "it began")
             settings = load(Path(folder))["settings"]
             recipe = settings["config"]
             parser.set_defaults(**settings)
@@ -328,11 +335,6 @@ def parse(argv):
     if args.resume is None:
         args.command = f"{LAUNCH} {shlex.join(argv)}"
     return args
-
-
-WITH_RESUME = ["--resume", "--device", "--threads", "--steps"]
-WITH_SAMPLE = ["--sample", "--model", "--prompt", "--length", "--temperature", "--seed", "--device",
-               "--threads"]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -404,6 +406,9 @@ def build(args, variant, vocab_size):
     return model.to(args.device)
 
 
+N_VALID = 200_000  # characters of the validation part that are read while a model is trained
+
+
 @torch.no_grad()
 def evaluate(args, model, part, between=lambda state: state):
     """Bits per character of a part of the text, over all and by position in the segment.
@@ -413,7 +418,7 @@ def evaluate(args, model, part, between=lambda state: state):
     """
     model.eval()
     T = args.segment_len
-    n = max(1, min(64, (len(part) - 1) // (32 * T)))
+    n = n_streams(part, T)
     rows = streams(part, n).to(args.device)
     inputs = rows[:, :-1].split(T, dim=1)
     targets = rows[:, 1:].split(T, dim=1)
@@ -435,7 +440,9 @@ def evaluate(args, model, part, between=lambda state: state):
     }
 
 
-N_VALID = 200_000  # characters of the validation part that are read while a model is trained
+def n_streams(part, T):
+    """How many streams a part is cut into: at most 64, and of 32 segments or more where it can."""
+    return max(1, min(64, (len(part) - 1) // (32 * T)))
 
 
 def boundaries(model):
@@ -456,7 +463,7 @@ def write_on(args, model, vocabulary, prompt):
     prompt = prompt or vocabulary[:1]
     unknown = bytes(set(prompt) - set(vocabulary))
     if unknown:
-        fail(f"--prompt has bytes that the training part has not: {unknown!r}")
+        fail(f"--prompt has bytes that do not occur in the training part: {unknown!r}")
     tokens = torch.tensor([[vocabulary.index(byte) for byte in prompt]], device=args.device)
     model.eval()
     with torch.no_grad():
@@ -505,12 +512,12 @@ def new_run(args, variant, vocab_size):
     """A run at step 0."""
     model = build(args, variant, vocab_size)
     fused = not args.device.startswith("mps")
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.98), fused=fused)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), fused=fused)
     return Run(model, optimizer)
 
 
 def train(args, run, name, text, save):
-    """Train a run from where it stands to args.steps. It can be stopped, and has saved all then."""
+    """Train a run to args.steps. A request to stop ends it after a whole step, which is saved."""
     model = run.model.train()
     if run.step == 0:
         torch.manual_seed(args.seed + RANK)  # dropout differs from rank to rank
@@ -589,7 +596,7 @@ def train(args, run, name, text, save):
 
 @contextmanager
 def stop_requests():
-    """A list that Ctrl-C and SIGTERM fill, so that a step is finished first. Twice kills."""
+    """A list that Ctrl-C and SIGTERM fill, so that a step is finished first. Twice stops it."""
     requests = []
 
     def on_signal(action):
@@ -653,7 +660,7 @@ def save_runs(args, runs, text):
         "vocabulary": list(text.vocabulary),
         "sha256": text.sha256,
     }
-    write(args.out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+    write(args.out / "checkpoint.pt", partial(torch.save, checkpoint))
 
     def write_rows(path):
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -676,7 +683,7 @@ def load(folder):
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at checksums
         if damaged:
-            fail(f"{path} is damaged: {damaged} has not the checksum that it was written with")
+            fail(f"{path} is damaged: {damaged} no longer has the checksum it was written with")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("settings", "runs", "ranks", "vocabulary", "sha256")}
     except Exception as reason:  # whatever is wrong with a file, it is one line for the user
@@ -733,10 +740,13 @@ def new_folder(stem):
             pass
 
 
+LOCKS = []  # open files: one that nobody refers to is closed
+
+
 def lock(folder):
     """Hold a file of the folder until the process ends: the system lets it go, even if killed."""
     file = (folder / ".lock").open("w", encoding="utf-8")
-    LOCKS.append(file)  # as a file that nobody refers to is closed
+    LOCKS.append(file)
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -748,9 +758,6 @@ def lock(folder):
         fail(f"{folder} is in use by another run: wait for its end, or name another folder")
     except OSError:
         pass  # some network drives know no locks
-
-
-LOCKS = []
 
 
 # ==================================================================================================
@@ -772,6 +779,8 @@ def report(args, runs, text):
         per_second = round(characters / RANKS / run.seconds)
         results[name] = {"seconds": round(run.seconds, 1), "per_second": per_second}
         for state, between in boundaries(run.model).items():
+            if state == "of another stream" and n_streams(text.test, args.segment_len) == 1:
+                break  # there is no other
             scores = evaluate(args, run.model, text.test, between)
             results[name][state] = scores
             by_position = torch.tensor(scores["by_position"])
@@ -784,11 +793,11 @@ def report(args, runs, text):
     # What the model writes, after the prompt or else the first characters of the test part.
     prompt = os.fsencode(args.prompt) or text.decode(text.test[:2 * args.segment_len])
     sample = b"".join(write_on(args, runs[args.model].model, text.vocabulary, prompt))
-    write(args.out / "sample.txt", lambda path: path.write_bytes(sample))
+    write(args.out / "sample.txt", lambda temporary: temporary.write_bytes(sample))
 
     pictures = {"loss.png": draw_loss(runs), "position.png": draw_position(runs, results)}
     for name, picture in pictures.items():
-        write(args.out / name, lambda path, picture=picture: picture.savefig(path, format="png"))
+        write(args.out / name, partial(picture.savefig, format="png"))
         plt.close(picture)
     write_json(args.out / "result.json", {
         "command": args.command,
@@ -807,7 +816,7 @@ def report(args, runs, text):
               f"{run.seconds:.0f} {unit} of training")
     files = ", ".join([*pictures, "result.json", "metrics.csv", "sample.txt"])
     print(f"pictures and numbers are in {args.out}: {files}")
-    print(f"to let it write: python train_lm.py --sample {shlex.quote(str(args.out))}")
+    print(f"to let it write on: python train_lm.py --sample {shlex.quote(str(args.out))}")
 
 
 def hardware(args):
@@ -819,14 +828,15 @@ def hardware(args):
 
 def write_json(path, content):
     """A dict as a JSON file."""
-    write(path, lambda path: path.write_text(json.dumps(content, indent=1), encoding="utf-8"))
+    text = json.dumps(content, indent=1)
+    write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 STYLES = [("#0072B2", "o"), ("#D55E00", "s")]  # colours and markers, of --model and --baseline
 
 
 def draw_loss(runs):
-    """Bits per character over the characters read, without the first steps: far above the rest."""
+    """Bits per character over the characters read, without the first 5 %, which are far higher."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for (color, marker), (name, run) in zip(STYLES, runs.items(), strict=False):
         rows = [row for row in run.rows if row[2] > 0.05 * run.rows[-1][2]]
@@ -950,6 +960,7 @@ if __name__ == "__main__":
     except OSError as reason:
         fail(reason)
     except (MemoryError, RuntimeError) as reason:
-        if isinstance(reason, RuntimeError) and "memory" not in str(reason):
+        of_memory = re.search("allocate|out of memory", str(reason))
+        if isinstance(reason, RuntimeError) and not of_memory:
             raise
         fail(f"this does not fit in memory, take a smaller --batch, --d-model or --n-mem: {reason}")
