@@ -233,7 +233,7 @@ def pairs_held(accuracy, pairs, values=10):
 
 def associative_table(records):
     """The associative memory beside others: tasks in which one thing is asked for."""
-    yield from header("`--model`, `--update`", "floats", "rewrite, 12 writes", "512", "1,000",
+    yield from header("`--model`, `update`", "floats", "rewrite, 12 writes", "512", "1,000",
                       "detect, 8 segments", "1,000", "facts, 8 segments", "1,000", "CPU s")
     for name in ASSOCIATIVE:
         cells = []
@@ -249,7 +249,7 @@ def associative_table(records):
 
 def remember_table(records):
     """How many pairs of a key and a value are held."""
-    yield from header("`--model`, `--update`", "floats", "8 pairs", "16", "32", "64",
+    yield from header("`--model`, `update`", "floats", "8 pairs", "16", "32", "64",
                       "pairs held of 64", "CPU s")
     for name in ASSOCIATIVE:
         runs = associative(records, "remember", name)
@@ -477,7 +477,7 @@ def diagonal_table(records):
 
 def readme_table(records):
     """The one table that a newcomer should see."""
-    yield from header("what is tested", "model", "result", "the same without memory", "record")
+    yield from header("what is tested", "model", "result", "for comparison", "record")
 
     def line(what, model, here, without, record):
         return row(what, f"`{model}`", here, without, f"[{record}](assets/results/{record}.json)")
@@ -493,17 +493,20 @@ def readme_table(records):
 
     runs = find(records["length"], task="memorize", memory_noise=LENGTH["memorize"][0])
     reset = spread([run["results"][RESET] for run in runs])
-    yield line("a fact, 4,096 segments later; trained on at most 8", "rmt",
-               f"{spread(at_length(runs, 4096))} right", f"memory reset: {reset}", "length")
+    yield line("a fact, asked for in segment 4,096; trained on at most 8", "rmt",
+               f"{spread(at_length(runs, 4096))} right",
+               f"memory reset, over 8 segments: {reset}", "length")
 
     runs = associative(records, "rewrite", "`armt`, delta")
     reset = spread([run["results"][RESET] for run in runs])
-    yield line("four keys, rewritten 512 times; trained on at most 12", "armt",
-               f"{spread(at_length(runs, 513))} right", f"memory reset: {reset}", "associative")
+    yield line("512 writes to four keys; trained on at most 12", "armt",
+               f"{spread(at_length(runs, 513))} right",
+               f"matrix reset, over 12 writes: {reset}", "associative")
 
     plain, cached, ours, _ = [spread(bits(language(records, **LANGUAGE[name]))) for name in BESIDE]
     without = f"`transformer`: {plain}; `transformer_xl` with as large a state: {cached}"
-    yield line("text, in bits per character; lower is better", "rmt", ours, without, "language")
+    what = "Python's library, bits per character; lower is better"
+    yield line(what, "rmt", ours, without, "language")
 
 
 TABLES = {  # name in the READMEs: the function, and the records that it needs
