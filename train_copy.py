@@ -933,22 +933,23 @@ def print_examples(args, samples):
 
 def text(args, row):
     """Tokens (length,) as a line."""
-    words = [vocabulary(args)[token] for token in row.tolist()]
-    return separator(args).join(words)
+    words = vocabulary(args)
+    return separator(words).join(words[token] for token in row.tolist())
 
 
 def carets(args, row, wrong):
     """What to put below the line of these tokens: carets where they are wrong."""
+    words = vocabulary(args)
     marks = []
     for token, is_wrong in zip(row.tolist(), wrong.tolist(), strict=True):
         mark = "^" if is_wrong else " "
-        marks.append(mark * len(vocabulary(args)[token]))
-    return separator(args).join(marks)
+        marks.append(mark * len(words[token]))
+    return separator(words).join(marks)
 
 
-def separator(args):
+def separator(words):
     """What stands between two tokens of a line: nothing where all are single characters."""
-    return "" if max(map(len, vocabulary(args))) == 1 else " "
+    return "" if max(map(len, words)) == 1 else " "
 
 
 def hardware(args):

@@ -23,6 +23,7 @@ import re
 import sys
 from argparse import Namespace
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -61,7 +62,12 @@ def gather(name, paths, commit=None, folder=RESULTS):
             run["commit"] = commit
         lines.append(json.dumps(run))
     text = ",\n".join(lines)
-    (folder / f"{name}.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    write_text(folder / f"{name}.json", f"[\n{text}\n]\n")
+
+
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    train_copy.write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def six_digits(text):
@@ -561,7 +567,7 @@ def fill(path, tables):
             pieces[i + 1] = f"\n\n{lines}\n\n"
         else:
             print(f"{path}: nothing is written to table {name}")
-    path.write_text("".join(pieces), encoding="utf-8")
+    write_text(path, "".join(pieces))
 
 
 # ==================================================================================================
@@ -612,9 +618,9 @@ def look(name):
 
 def save(figure, name, folder=ASSETS, kind="svg"):
     """Write folder/NAME.svg, the same bytes every time, or NAME.png for slides."""
-    path = folder / f"{name}.{kind}"
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {}
-    figure.savefig(path, dpi=200, metadata=metadata)
+    draw = partial(figure.savefig, format=kind, dpi=200, metadata=metadata)
+    train_copy.write(folder / f"{name}.{kind}", draw)
     plt.close(figure)
 
 
@@ -627,6 +633,14 @@ def plot_seeds(axis, style, seeds, label, every=1):
     ys = np.array([[seed[x] for x in xs] for seed in seeds])
     axis.fill_between(xs, ys.min(0), ys.max(0), color=color, alpha=0.15, linewidth=0)
     axis.plot(xs, ys.mean(0), line, color=color, marker=marker, markevery=every, label=label)
+
+
+def plot_positions(axis, name, seeds):
+    """Bits of a model, {position: bits} for each seed; some of the 32 positions are marked."""
+    places = [0, 1, 2, 3, 5, 7, 11, 15, 23, 31]
+    plot_seeds(axis, look(name), seeds, name.replace("`", ""), places)
+    axis.set_xlabel("position in the segment, characters")
+    count_axis(axis, [1, 2, 4, 8, 16, 32])
 
 
 def plot_points(axis, style, points, label=None, aside=0.0):
@@ -908,14 +922,11 @@ def draw_language(records):
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained",
                                          width_ratios=(3, 2))
     for name in BESIDE:
-        plot_seeds(left, look(name), by_position(language(records, **LANGUAGE[name])),
-                   name.replace("`", ""), every=[0, 1, 2, 3, 5, 7, 11, 15, 23, 31])
-    left.set(xlabel="position in the segment, characters", ylabel="bits per character",
-             title="What memory is worth, by position")
+        plot_positions(left, name, by_position(language(records, **LANGUAGE[name])))
+    left.set(ylabel="bits per character", title="What memory is worth, by position")
     left.set_yscale("log")
     left.set_yticks([2, 2.25, 2.5, 3, 3.5], ["2.00", "2.25", "2.50", "3.00", "3.50"])
     left.set_yticks([], minor=True)
-    count_axis(left, [1, 2, 4, 8, 16, 32])
     depths = {depth: bits(language(records, **DEPTH, bptt_depth=depth)) for depth in range(4)}
     plot_points(right, look("rmt"), depths)
     right.set(xlabel="bptt_depth, boundaries", ylabel="bits per character", xticks=range(4),
@@ -927,7 +938,6 @@ def draw_language(records):
 def draw_family(records):
     """Bits per character by position in the segment, and what a reset of the memory costs there."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.8), layout="constrained")
-    places = [0, 1, 2, 3, 5, 7, 11, 15, 23, 31]
     for name in FAMILY:
         runs = family(records, name, "train_lm.py")
         carried = by_position(runs)
@@ -935,17 +945,13 @@ def draw_family(records):
         cost = []
         for ours, without in zip(carried, reset, strict=True):
             cost.append({x: without[x] - ours[x] for x in ours})
-        label = name.replace("`", "")
-        plot_seeds(left, look(name), carried, label, places)
-        plot_seeds(right, look(name), cost, label, places)
+        plot_positions(left, name, carried)
+        plot_positions(right, name, cost)
     left.set(ylabel="bits per character", title="Language, memory carried on")
     right.set(ylabel="more bits per character", title="What it costs to reset the memory")
     right.set_yscale("log")
     right.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
     right.set_yticks([], minor=True)
-    for axis in (left, right):
-        axis.set_xlabel("position in the segment, characters")
-        count_axis(axis, [1, 2, 4, 8, 16, 32])
     legend_below(figure, left, 3)
     return figure
 
