@@ -2627,6 +2627,21 @@ class TestProcesses:
             logged = [run["runs"]["rmt"]["rows"][-1][4] for run in runs]  # means over all streams
             assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
+    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by Linux")
+    def test_ranks_leave_no_threads_of_their_group(self, folder):
+        """One that is still there when Python ends can abort the process."""
+        Path("watched.py").write_text("""
+import os, sys, train_lm
+from pathlib import Path
+train_lm.main(train_lm.parse(sys.argv[1:]))
+print("threads:", *[path.read_text() for path in Path("/proc/self/task").glob("*/comm")])
+""", encoding="utf-8")
+        here = str(Path(train_lm.__file__).parent)
+        flags = f"{LANGUAGE} --baseline none --steps 1"
+        run = end_process(start_process("watched.py", flags, TORCHRUN, PYTHONPATH=here))
+        assert run.stdout.count("threads:") == 2
+        assert "gloo" not in run.stdout
+
     def test_two_ranks_resume_to_the_same_numbers(self, folder):
         flags = LANGUAGE + " --steps 200 --eval-every 5 --config dropout=0.1"
         end_process(start_process(train_lm, flags + " --out whole", TORCHRUN))

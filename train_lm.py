@@ -70,6 +70,10 @@ if RANKS > 1:
 
 def join_ranks(args):
     """Meet the other ranks."""
+    # The optimizer would import this later; its default arguments would then hold the group, whose
+    # threads would outlive destroy_process_group, and could abort the process as it ends.
+    import torch.distributed.nn  # noqa: F401
+
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
         dist.init_process_group("nccl")
@@ -908,8 +912,9 @@ def main(args):
             folder = shlex.quote(str(args.out))
             print(f"\nstopped; to go on: {LAUNCH} --resume {folder}")
         sys.exit(130)
-    if RANKS > 1:
-        dist.destroy_process_group()
+    finally:
+        if RANKS > 1:
+            dist.destroy_process_group()
 
 
 def prepare(args):
