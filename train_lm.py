@@ -72,7 +72,7 @@ def join_ranks(args):
     """Meet the other ranks."""
     # The optimizer would import this later; its default arguments would then hold the group, whose
     # threads would outlive destroy_process_group, and could abort the process as it ends.
-    import torch.distributed.nn  # noqa: F401
+    import torch.distributed.nn
 
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)

@@ -602,7 +602,7 @@ OTHERS = [  # the story, the file, a fragment of it, what it becomes, the test t
      "test_two_ranks_have_the_gradients_of_one_process"),
     ("the group of the ranks is held by default arguments",
      "train_lm.py",
-     "    import torch.distributed.nn  # noqa: F401\n",
+     "    import torch.distributed.nn\n",
      "",
      "test_ranks_leave_no_threads_of_their_group"),
     ("torchrun prints warnings",
