@@ -17,10 +17,13 @@ released code a test is there for.
     python -m pytest -m slow         minutes of training, killed processes, whole notebooks
     python -m pytest -k Gradient     one chapter
 """
+import ast
 import copy
 import gzip
 import hashlib
 import http.server
+import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -46,6 +49,7 @@ from itertools import count, groupby
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
@@ -2680,15 +2684,42 @@ def test_the_readme_is_true():
 
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def load_module(path):
+    """A module of the course, which is no package. The settings of figures stay as they were."""
+    pytest.importorskip("IPython")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    with matplotlib.rc_context():
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def course():
+    return load_module(ROOT / "notebooks" / "course.py")
+
+
+@pytest.fixture
+def solutions():
+    return load_module(ROOT / "notebooks" / "solutions.py")
 
 
 def read_notebook(path):
-    """A notebook, the source of its code, and the source of its text."""
-    notebook = pytest.importorskip("nbformat").read(path, 4)
-    kinds = {"code": [], "markdown": []}
-    for cell in notebook.cells:
-        kinds[cell["cell_type"]].append(cell["source"])
-    return notebook, "\n".join(kinds["code"]), "\n".join(kinds["markdown"])
+    return pytest.importorskip("nbformat").read(path, 4)
+
+
+def cells_of(notebook, kind):
+    """The sources of its cells, "code" or "markdown"."""
+    return [cell["source"] for cell in notebook.cells if cell["cell_type"] == kind]
+
+
+def stubs(code):
+    """The exercises in the code of a notebook: functions that return None with a comment."""
+    stub = r"^def (\w+)\(.*\):\n(?:    .*\n)*?    return None  # your lines?$"
+    return re.findall(stub, code, re.MULTILINE)
 
 
 def printed_by(notebook):
@@ -2697,29 +2728,44 @@ def printed_by(notebook):
     return "".join(output.get("text", "") for output in outputs)
 
 
-def run_notebook(path, solved=False):
-    """What a notebook prints, as it is or with each folded solution in the cell it begins like."""
-    notebook, _, markdown = read_notebook(path)
-    if solved:
-        folded = r"<summary>Solution.*?```python\n(.*?)\n```"
-        for solution in re.findall(folded, markdown, re.DOTALL):
-            first_line = solution.split("\n")[0]
-            (stub,) = [cell for cell in notebook.cells if cell["source"].startswith(first_line)]
-            stub["source"] = solution
+def cpu_seconds(printed):
+    return int(re.search(r"this notebook took (\d+) CPU seconds", printed)[1])
+
+
+def promised_seconds(notebook):
+    return int(re.search(r"at most (\d+) CPU seconds", notebook.cells[0]["source"])[1])
+
+
+def replace_stub(notebook, name, function):
+    """Put a function of solutions.py where the notebook has the stub of that name."""
+    source = inspect.getsource(function).replace(f"def {function.__name__}(", f"def {name}(")
+    (cell,) = [cell for cell in notebook.cells if name in stubs(cell["source"])]
+    (stub,) = [node for node in ast.parse(cell["source"]).body if getattr(node, "name", "") == name]
+    lines = cell["source"].split("\n")
+    lines[stub.lineno - 1:stub.end_lineno] = source.rstrip().split("\n")
+    cell["source"] = "\n".join(lines)
+
+
+def run_notebook(path, answers=None):
+    """What a notebook prints, with answers {exercise: function} in place of its stubs."""
+    notebook = read_notebook(path)
+    for name, function in (answers or {}).items():
+        replace_stub(notebook, name, function)
     here = {"metadata": {"path": str(path.parent)}}
-    client = pytest.importorskip("nbclient").NotebookClient(notebook, timeout=600, resources=here)
+    client = pytest.importorskip("nbclient").NotebookClient(notebook, timeout=900, resources=here)
     client.execute()
     return printed_by(notebook)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@every_notebook
 class TestNotebooks:
-    """Every notebook runs, as it is and with its exercises solved, and was committed as it ran."""
+    """Every notebook has the form of the course, and was committed as it ran."""
 
     def test_it_was_committed_as_it_ran(self, path):
-        notebook, _, _ = read_notebook(path)
+        notebook = read_notebook(path)
         printed = printed_by(notebook)
         assert "holds: " in printed and "does not hold" not in printed
+        assert cpu_seconds(printed) <= promised_seconds(notebook)
         alt_texts = []
         for cell in notebook.cells:
             for output in cell.get("outputs", []):
@@ -2727,29 +2773,294 @@ class TestNotebooks:
                 if "image/png" in output.get("data", {}):
                     alt_texts.append(output["metadata"]["image/png"]["alt"])
         assert min(map(len, alt_texts)) > 50
+        for alt_text in alt_texts:  # it is the caption too, which every page shows
+            assert f"**What to see:** {alt_text}" in str(notebook.cells).replace("\\'", "'")
 
     def test_it_starts_anywhere(self, path):
         """In Colab too, and nothing in it tells of the machine that it was written on."""
-        _, code, markdown = read_notebook(path)
-        raw = path.read_text()
+        notebook = read_notebook(path)
+        code = "\n".join(cells_of(notebook, "code"))
+        raw = path.read_text(encoding="utf-8")
         assert len(raw) < 500_000 and "widget" not in raw
         assert not re.search(r"/(tmp|home|root|work|Users)/", raw)
-        assert markdown.startswith("[![Open In Colab](https://colab.research.google.com/assets/")
         assert not re.search(r"^\s*[!%]", code, re.MULTILINE)
-        assert code.count('"clone"') == 1
+        first = read_notebook(NOTEBOOKS[0])
+        assert cells_of(notebook, "code")[0] == cells_of(first, "code")[0]
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("solved, verdict", [(False, "TODO"), (True, "OK")])
-    def test_a_quick_run_has_exercises_and_solves_them(self, path, solved, verdict, monkeypatch):
-        monkeypatch.setenv("RMT_FAST", "1")
-        verdicts = re.findall(r": (TODO|OK|not yet)", run_notebook(path, solved))
-        assert len(verdicts) > 1 and set(verdicts) == {verdict}
+    def test_it_has_the_form_of_a_lesson(self, path):
+        notebook = read_notebook(path)
+        texts, codes = cells_of(notebook, "markdown"), cells_of(notebook, "code")
+        words = re.sub(r"<[^>]*>", "", "\n".join(texts)).split()
+        assert len(notebook.cells) <= 25 and len(words) <= 900
+        assert max(len(code.splitlines()) for code in codes) <= 20
+        title = texts[0]
+        for host in ("colab.research.google.com/github/OWNER/rmt/blob/main", "kaggle.com/kernels"):
+            assert host in title
+        assert title.count(f"notebooks/{path.name}") == 2
+        assert "\n**" in title and title.count("\n- ") == 3 and "You need: " in title
+        assert texts[-1].startswith("## What you have seen")
+        assert codes[-1] == "table_of_guesses()\ntimer()"
+        for text in texts:
+            for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+                assert (path.parent / target).exists(), target
+
+    def test_a_guess_comes_before_every_measurement(self, path):
+        code = "\n".join(cells_of(read_notebook(path), "code"))
+        asked = [code.index(f'guess("{question}"') for question in
+                 re.findall(r'measured\("([^"]+)"', code)]
+        told = [match.start() for match in re.finditer(r'measured\("', code)]
+        assert len(asked) >= 2
+        assert all(before < after for before, after in zip(asked, told, strict=True))
+
+    def test_every_exercise_has_hints_a_solution_and_a_wrong_answer(self, path, solutions):
+        notebook = read_notebook(path)
+        names = stubs("\n".join(cells_of(notebook, "code")))
+        texts = [text for text in cells_of(notebook, "markdown") if "**Exercise" in text]
+        assert len(names) == len(texts) >= 2
+        assert re.search(r"\*\*Exercise 1 ● ", texts[0])
+        for number, (name, text) in enumerate(zip(names, texts, strict=True), start=1):
+            assert re.search(rf"\*\*Exercise {number} (●|●●|●●●) \(\d+ min\)\.\*\* `{name}", text)
+            summaries = re.findall(r"<details><summary>(.*?)</summary>", text)
+            assert summaries[:2] == ["Hint 1", "Hint 2"] and summaries[2].startswith("Help: ")
+            assert text.rstrip().endswith(f"Solution: [solutions.py](solutions.py), `{name}`.")
+            for function in (getattr(solutions, name), getattr(solutions, f"{name}_wrong")):
+                assert function.__doc__
+            assert solutions.SAYS[name].startswith("not yet. ")
 
     @pytest.mark.slow
     def test_all_that_it_claims_holds(self, path, monkeypatch):
         monkeypatch.delenv("RMT_FAST", raising=False)
+        notebook = read_notebook(path)
         printed = run_notebook(path)
         assert "holds: " in printed and "does not hold" not in printed
+        assert cpu_seconds(printed) <= promised_seconds(notebook)
+        names = stubs("\n".join(cells_of(notebook, "code")))
+        assert re.findall(r"^(\w+): TODO$", printed, re.MULTILINE) == names
+
+    @pytest.mark.slow
+    def test_the_solutions_are_right(self, path, solutions, monkeypatch):
+        monkeypatch.setenv("RMT_FAST", "1")
+        names = stubs("\n".join(cells_of(read_notebook(path), "code")))
+        printed = run_notebook(path, {name: getattr(solutions, name) for name in names})
+        assert re.findall(r"^(\w+): OK\. \w", printed, re.MULTILINE) == names
+        assert "comes from solutions.py" not in printed
+        assert cpu_seconds(printed) < 30
+
+    @pytest.mark.slow
+    def test_wrong_answers_are_refused(self, path, solutions, monkeypatch):
+        """In the words that are expected, so that nothing tells the right value."""
+        monkeypatch.setenv("RMT_FAST", "1")
+        names = stubs("\n".join(cells_of(read_notebook(path), "code")))
+        printed = run_notebook(path, {name: getattr(solutions, f"{name}_wrong") for name in names})
+        for name in names:
+            assert f"{name}: {solutions.SAYS[name]}\n" in printed
+
+
+class TestCourse:
+    """What the notebooks share."""
+
+    def test_a_check_says_todo_ok_or_the_first_input_that_fails(self, course, capsys):
+        def double(n):
+            return 2 * n
+
+        def verdict(function, inputs=((1,), (2,), (5,))):
+            course.check("twice", function, inputs, double, meaning="So be it.")
+            return capsys.readouterr().out
+
+        assert verdict(lambda n: None) == "twice: TODO\n"
+        assert verdict(double) == "twice: OK. So be it.\n"
+        assert verdict(lambda n: n + 1) == "twice: not yet. twice(2) is not 3\n"
+        assert verdict(lambda n: n / 0) == (
+            "twice: not yet. twice(1) ends with ZeroDivisionError: division by zero\n")
+        assert verdict(lambda n: "two") == "twice: not yet. twice(1) is not 'two'\n"
+        assert verdict(lambda n: 2 if n == 1 else None) == "twice: not yet. twice(2) is None\n"
+        assert verdict(lambda n: torch.tensor([2 * n])) == "twice: OK. So be it.\n"
+        assert verdict(lambda n: torch.zeros(2)) == "twice: not yet. twice(1) is not [0.0, 0.0]\n"
+
+    def test_a_check_compares_tensors_without_telling_what_is_right(self, course, capsys):
+        def verdict(function, dtype=torch.float64):
+            expected = torch.tensor([[0, 1], [0, 1]], dtype=dtype)
+            course.check("f", function, [(torch.zeros(2, 2),)], lambda x: expected)
+            return capsys.readouterr().out.strip()
+
+        start = "f: not yet. f([[0.0, 0.0], [0.0, 0.0]]) "
+        assert verdict(lambda x: torch.tensor([[0, 1], [0, 1]])) == "f: OK."
+        assert verdict(lambda x: torch.eye(2)) == start + "is wrong at [0, 0]; 2 of 4 entries are"
+        assert verdict(lambda x: torch.eye(2), torch.bool) == (
+            start + "is wrong at [0, 0]; 2 of 4 entries are")
+        assert verdict(lambda x: x[0]) == start + "must have the shape (2, 2), and has (2,)"
+        assert verdict(lambda x: [[0, 1], [0, 1]]) == start + "must be a tensor, and is a list"
+        assert verdict(lambda x: x.fill_(float("nan"))).endswith("4 of 4 entries are")
+
+    def test_a_judge_complains_in_its_own_words(self, course, capsys):
+        for complaint, verdict in [(None, "OK."), ("is odd", "not yet. f(3) is odd")]:
+            course.check("f", lambda n: n, [(3,)], judge=lambda found, n, says=complaint: says)
+            assert capsys.readouterr().out.strip() == f"f: {verdict}"
+
+    def test_guesses_are_numbers_and_end_in_a_table(self, course, capsys, monkeypatch):
+        shown = []
+        monkeypatch.setattr(course, "display", lambda markdown: shown.append(markdown.data))
+        course.table_of_guesses()
+        assert "No guesses yet" in capsys.readouterr().out
+        course.guess("share", 0.5)
+        course.guess("letters", 100)
+        course.guess("nothing")
+        course.guess("a word", "ten")
+        assert capsys.readouterr().out.splitlines()[-1] == "a word? no guess yet"
+        course.measured("share", 0.1, within=0.1)
+        course.measured("letters", 250, factor=3)
+        course.measured("nothing", 1)
+        assert capsys.readouterr().out.splitlines() == [
+            "share: measured 0.1, you said 0.5", "letters: measured 250, you said 100",
+            "nothing: measured 1, no guess"]
+        course.table_of_guesses()
+        assert capsys.readouterr().out.strip() == "1 of 2 within reach; the largest surprise: share"
+        assert "| letters | 100 | 250 |" in shown[-1] and "| a word | - | - |" in shown[-1]
+
+    def test_a_claim_that_does_not_hold_stops_a_full_run_only(self, course, capsys, monkeypatch):
+        course.claim(True, "this")
+        with pytest.raises(AssertionError, match="that"):
+            course.claim(False, "that")
+        monkeypatch.setattr(course, "FAST", True)
+        course.claim(False, "that")
+        assert capsys.readouterr().out.split("\n")[:3] == [
+            "holds: this", "does not hold: that", "does not hold: that"]
+
+    def test_messages_end_with_what_must_be_said(self, course):
+        tokens, letters = course.message(3, 5, torch.Generator().manual_seed(0))
+        assert tokens.shape == (5, 6) and (tokens[:, 3] == course.BAR).all()
+        assert torch.equal(tokens[:, :3], letters) and torch.equal(tokens[:, 4:], letters[:, :2])
+        assert course.text(torch.tensor([0, 9, 10, 2]), T=2) == "AJ |C"
+
+    def test_reciting_starts_at_the_bar_from_a_state_or_after_reading(self, course):
+        model = RMT(Config(vocab_size=11, segment_len=4)).eval()
+        letters = course.message(8, 3)[1]
+        _, state = unroll(model, letters)
+        assert torch.equal(course.recite(model, letters), course.recite(model, letters, state))
+        assert course.recite(model, letters, n=5).shape == (3, 5)
+
+    def test_training_grows_when_enough_is_right(self, course):
+        """One of two tokens is always the answer: the head alone learns it in some steps."""
+        model = RMT(Config(vocab_size=11, segment_len=4, d_model=16))
+        drawn = []
+
+        def sample(level, batch, generator):
+            drawn.append(level)
+            return course.message(4, batch, generator)[0], torch.full((batch, 4), 3)
+
+        log = course.train(model, sample, 120, levels=3, grow_at=0.8)
+        assert not model.training and log.level == drawn and len(log.right) == 120
+        steps = [drawn.index(level) for level in (1, 2, 3)]
+        assert steps[0] == 0 and steps[0] < steps[1] < steps[2]
+        for step in steps[1:]:
+            assert log.right[step - 1] > 0.8 > log.right[step]
+        drawn.clear()
+        before = copy.deepcopy(model.state_dict())
+        course.train(model, sample, 5, levels=3, grow=False)
+        assert drawn == [3] * 5
+        assert any(not torch.equal(before[name], weight)
+                   for name, weight in model.state_dict().items())
+
+    def test_right_letters_are_counted_place_by_place(self, course):
+        tokens, letters = course.message(3, 10, torch.Generator().manual_seed(0))
+        answer = F.one_hot(letters, 11).double()
+        answer[:4, 1] = answer[:4, 1].roll(1, dims=-1)
+        share = course.by_place(lambda _: torch.cat([torch.zeros(10, 3, 11), answer], 1),
+                                tokens, letters)
+        assert share.tolist() == [1.0, 0.6, 1.0]
+
+    def test_lines_of_code_are_counted_without_words(self, course):
+        def three(x):
+            """A docstring."""
+            # A comment.
+
+            y = (x +
+                 1)
+            return y
+
+        assert course.count_lines(three) == 3
+
+    def test_the_copy_for_a_class_has_no_outputs_and_no_solutions(self, folder, course):
+        arguments = ["--student", "class", "--repo", "we/ours"]
+        course.main(arguments)
+        copies = sorted(Path("class/notebooks").glob("*.ipynb"))
+        assert [path.name for path in copies] == [path.name for path in NOTEBOOKS]
+        assert not list(Path("class").rglob("solutions.py"))
+        for path in copies:
+            notebook = read_notebook(path)
+            assert not any(cell.get("outputs") for cell in notebook.cells)
+            raw = path.read_text(encoding="utf-8")
+            assert "olution: " not in raw and "solutions.py" not in raw and "OWNER" not in raw
+            assert raw.count("we/ours") == 3  # two badges and the set-up cell
+            assert len(stubs("\n".join(cells_of(notebook, "code")))) >= 2
+        before = contents()
+        course.main(arguments)
+        assert contents() == before
+
+    def test_a_copy_is_not_written_where_it_cannot_be(self, folder, course, capsys):
+        Path("file").write_text("")
+        before = contents()
+        for flags in (f"--student {ROOT}", "--student file", "--student new --repo http://a/b"):
+            with pytest.raises(SystemExit, match="2"):
+                course.main(flags.split())
+            assert contents() == before
+            words = flags.split()
+            assert f"error: {words[-2]} " in capsys.readouterr().err
+
+    @pytest.mark.slow
+    def test_a_copy_for_a_class_runs_alone(self, folder, course, solutions, monkeypatch):
+        monkeypatch.setenv("RMT_FAST", "1")
+        course.main(["--student", "class"])
+        path = folder / "class" / "notebooks" / NOTEBOOKS[1].name  # it needs its exercises to go on
+        with pytest.raises(Exception, match="The cells from here on need wrap"):
+            run_notebook(path)
+        names = stubs("\n".join(cells_of(read_notebook(path), "code")))
+        printed = run_notebook(path, {name: getattr(solutions, name) for name in names})
+        assert re.findall(r"^(\w+): OK\. \w", printed, re.MULTILINE) == names
+
+
+class TestSetUpCell:
+    """The first cell of all notebooks, wherever it starts."""
+
+    CELL = cells_of(read_notebook(NOTEBOOKS[0]), "code")[0] if NOTEBOOKS else ""
+    PLACES = "\nprint(os.path.basename(os.getcwd()), course.__file__)"
+
+    def start(self, place, repo=None, **environment):
+        pytest.importorskip("IPython")
+        cell = self.CELL + self.PLACES
+        if repo is not None:
+            cell = cell.replace("https://github.com/OWNER/rmt", str(repo))
+        return subprocess.run([sys.executable, "-c", cell], cwd=place, text=True, timeout=300,
+                              capture_output=True, env=os.environ | environment)
+
+    def test_in_a_checkout_it_fetches_nothing(self):
+        for place in (ROOT, ROOT / "notebooks"):
+            run = self.start(place, repo="nowhere")
+            assert run.returncode == 0, run.stderr
+            assert run.stdout.split() == ["notebooks", str(ROOT / "notebooks" / "course.py")]
+
+    @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+    def test_alone_it_clones_once(self, folder):
+        source = folder / "source"
+        (source / "notebooks").mkdir(parents=True)
+        for path in ("rmt.py", "notebooks/course.py"):
+            shutil.copy(ROOT / path, source / path)
+        who = "-c user.name=a -c user.email=a@b.c".split()
+        for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
+            subprocess.run(["git", "-C", source, *command], check=True)
+        (folder / "empty").mkdir()
+        for repo in (source.as_uri(), "nowhere"):  # the second time it is there
+            run = self.start(folder / "empty", repo)
+            assert run.returncode == 0, run.stderr
+            name, where = run.stdout.split()
+            assert name == "notebooks" and where.startswith(str(folder / "empty" / "rmt"))
+
+    def test_where_it_cannot_fetch_it_says_so_in_one_line(self, folder):
+        run = self.start(folder, folder / "nowhere", GIT_TERMINAL_PROMPT="0")
+        assert run.returncode == 1 and "Traceback" not in run.stderr
+        assert run.stderr.strip().split("\n")[-1] == (
+            f"Could not fetch {folder / 'nowhere'}. Is the Internet on (Kaggle: Settings), and is "
+            "REPO the address of this course?")
 
 
 # ==================================================================================================

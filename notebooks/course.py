@@ -1,0 +1,522 @@
+"""What the notebooks of the course share, and what you need not read to follow a lesson.
+
+    python notebooks/course.py --student FOLDER [--repo OWNER/NAME]
+        Write a copy for a class: the notebooks without outputs, and no solutions. Put it on GitHub
+        as OWNER/NAME, and the badges open it, and notebooks that run alone fetch it.
+
+Two environment variables change how the notebooks run: RMT_FAST=1 hardly trains anything, and
+claims are said without being asserted; RMT_SEED=1 takes another seed.
+
+It reads from top to bottom: guesses and claims, exercises, messages and training, pictures, the
+copy for a class.
+"""
+import argparse
+import ast
+import base64
+import inspect
+import io
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from IPython.display import Markdown, display
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from rmt import generate, unroll  # noqa: E402
+
+FAST = os.environ.get("RMT_FAST") == "1"
+SEED = int(os.environ.get("RMT_SEED", "0"))
+torch.set_num_threads(1)  # models this small are fastest with one
+START = sum(os.times()[:4])  # CPU seconds of this process and those that it has started
+
+# ==================================================================================================
+# Guesses and claims
+
+
+@dataclass
+class Guess:
+    """A number that you expected, and the one that was measured."""
+    value: float | None
+    found: float | None = None
+    error: float = 0.0  # 1 is the largest that counts as within reach
+
+
+GUESSES = {}  # question: Guess
+
+
+def guess(question, value=None):
+    """Write down a number that you expect, before you see it. None means no guess."""
+    if value is not None and type(value) not in (int, float):
+        print(f"{question}: {value!r} is no number, and your guess must be one, or None")
+        value = None
+    GUESSES[question] = Guess(value)
+    print(f"{question}? " + ("no guess yet" if value is None else f"you say {short(value)}"))
+
+
+def measured(question, found, within=None, factor=None):
+    """Put a measured number beside its guess, which may be off by `within`, or by a factor."""
+    mine = GUESSES.setdefault(question, Guess(None))
+    mine.found = found
+    said = "no guess"
+    if mine.value is not None:
+        said = f"you said {short(mine.value)}"
+        mine.error = abs(mine.value - found) / (within or 1)
+        if factor is not None and mine.value > 0:
+            mine.error = abs(math.log(mine.value / found)) / math.log(factor)
+    print(f"{question}: measured {short(found)}, {said}")
+
+
+def short(number):
+    """A number in a few digits: 0.317, 2,048."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def table_of_guesses():
+    """Your guesses beside what was measured, at the end of a notebook."""
+    rows = ["| question | you said | measured |", "|---|---|---|"]
+    made = []
+    for question, mine in GUESSES.items():
+        found = "-" if mine.found is None else short(mine.found)
+        said = "-" if mine.value is None else short(mine.value)
+        rows.append(f"| {question} | {said} | {found} |")
+        if mine.value is not None and mine.found is not None:
+            made.append((mine.error, question))
+    display(Markdown("\n".join(rows)))
+    if not made:
+        print("No guesses yet. A guess that you wrote down before you looked teaches more than one "
+              "that was right.")
+        return
+    error, surprise = max(made)
+    near = sum(error <= 1 for error, _ in made)
+    print(f"{near} of {len(made)} within reach"
+          + (f"; the largest surprise: {surprise}" if error > 1 else ""))
+
+
+def claim(holds, text):
+    """Say whether a claim holds, and stop if it does not; in a fast run it is only said."""
+    print(f"{'holds' if holds else 'does not hold'}: {text}")
+    assert holds or FAST, text
+
+
+def timer():
+    """The CPU seconds of this notebook so far."""
+    print(f"this notebook took {sum(os.times()[:4]) - START:.0f} CPU seconds")
+
+
+def many(n, fast=None):
+    """n steps or samples; in a fast run a tenth of them, or `fast`."""
+    if not FAST:
+        return n
+    return max(1, n // 10) if fast is None else fast
+
+
+# ==================================================================================================
+# Exercises
+
+VERDICTS = {}  # exercise: what its check said last
+
+
+def check(name, function, inputs, spec=None, judge=None, meaning=""):
+    """Try an exercise on inputs: TODO, OK, or the first input that fails. Never the answer.
+
+    inputs   a list of tuples of arguments, the smallest first
+    spec     a slow way to the right answer, which takes the same arguments
+    judge    or a function of (what came out, *arguments) that returns a complaint, or None
+    meaning  what it means that the exercise is solved
+    """
+    verdict = f"OK. {meaning}"
+    for arguments in inputs:
+        call = f"{name}({', '.join(map(shown, arguments))})"
+        try:
+            found = function(*map(copied, arguments))
+            if found is None:
+                complaint = "is None"
+            elif judge is not None:
+                complaint = judge(found, *arguments)
+            else:
+                complaint = difference(found, spec(*arguments))
+        except Exception as reason:
+            first_line = str(reason).split("\n")[0]
+            complaint = f"ends with {type(reason).__name__}: {first_line}"
+        if complaint is not None:
+            verdict = f"not yet. {call} {complaint}"
+            if complaint == "is None" and arguments is inputs[0]:
+                verdict = "TODO"
+            break
+    VERDICTS[name] = verdict
+    print(f"{name}: {verdict}")
+
+
+def copied(value):
+    """A copy of an argument, so that an exercise may change it."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def shown(value):
+    """An argument as a verdict shows it."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() <= 16:
+            return str(value.tolist())
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
+    return repr(value)
+
+
+def difference(found, expected):
+    """What is wrong with an answer, in words that do not tell the right one; None if nothing is."""
+    if not isinstance(expected, torch.Tensor):
+        if hasattr(found, "tolist"):  # tensors and arrays: their numbers
+            found = found.item() if math.prod(found.shape) == 1 else found.tolist()
+        right = found == expected
+        if type(expected) is float and type(found) in (int, float):
+            right = math.isclose(found, expected, rel_tol=1e-6)
+        return None if right else f"is not {shown(found)}"
+    if not isinstance(found, torch.Tensor):
+        return f"must be a tensor, and is a {type(found).__name__}"
+    if found.shape != expected.shape:
+        return f"must have the shape {tuple(expected.shape)}, and has {tuple(found.shape)}"
+    if expected.dtype == torch.bool:
+        wrong = found.bool() != expected
+    else:
+        wrong = ~torch.isclose(found.to(expected.dtype), expected, rtol=1e-5, atol=1e-8)
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        return f"is wrong at {where}; {wrong.sum()} of {wrong.numel()} entries are"
+    return None
+
+
+def use(name, function):
+    """Your function where its check said OK, and else the solution, so that you can go on."""
+    if VERDICTS.get(name, "").startswith("OK"):
+        return function
+    try:
+        import solutions
+    except ImportError:
+        advice = f"The cells from here on need {name}: solve that exercise first."
+        raise SystemExit(advice) from None
+    print(f"{name} comes from solutions.py until yours is OK")
+    return getattr(solutions, name)
+
+
+def count_lines(*things):
+    """Lines of code of functions and classes, without blank lines, comments and docstrings."""
+    total = 0
+    for thing in things:
+        if inspect.isclass(thing):  # the source of a class is not always found in a notebook
+            methods = [method for method in vars(thing).values() if inspect.isfunction(method)]
+            total += 1 + count_lines(*methods)
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+        (function,) = tree.body
+        if ast.get_docstring(function) is not None:
+            function.body = function.body[1:]
+        total += len(ast.unparse(tree).splitlines())
+    return total
+
+
+# ==================================================================================================
+# Messages and training
+
+LETTERS = "ABCDEFGHIJ"
+BAR = 10  # the token after a message: now say it
+
+
+def message(n, batch=1, generator=None):
+    """Tokens (batch, 2 n) of n random letters, a bar and the letters again, and the letters.
+
+    The last n outputs are the answer: the first of them is made at the bar.
+    """
+    letters = torch.randint(10, (batch, n), generator=generator)
+    bar = torch.full((batch, 1), BAR)
+    return torch.cat([letters, bar, letters[:, :-1]], dim=1), letters
+
+
+def text(tokens, T=None):
+    """Tokens (n,) as letters, and a space after each page of T."""
+    words = ["".join("ABCDEFGHIJ|"[token] for token in tokens.tolist())]
+    if T is not None:
+        words = [words[0][i:i + T] for i in range(0, len(words[0]), T)]
+    return " ".join(words)
+
+
+def spell(word):
+    """The tokens (n,) of a word of the letters A to J. Raises ValueError for other letters."""
+    letters = word.upper().replace(" ", "")
+    for letter in letters:
+        if letter not in LETTERS:
+            raise ValueError(f"{word!r}: {letter!r} is not one of {LETTERS}")
+    return torch.tensor([LETTERS.index(letter) for letter in letters])
+
+
+@dataclass
+class Learning:
+    """What a training run has to tell."""
+    right: list = field(default_factory=list)  # running share of right letters, one per step
+    level: list = field(default_factory=list)  # how far the task had grown, one per step
+    seconds: float = 0.0                       # CPU seconds of training
+
+
+def train(model, sample, steps, read=None, levels=1, lr=4e-3, batch=16, grow=True, grow_at=0.75,
+          seed=SEED):
+    """The training loop of notebook 2, for all notebooks. Returns a Learning.
+
+    sample(level, batch, generator) -> tokens and the letters that the last outputs must say. The
+    task grows by a level when the share of right letters passes grow_at; with grow=False, all steps
+    are on the last level. read(tokens) -> logits; default: unroll the model.
+    """
+    read = read or (lambda tokens: unroll(model, tokens)[0])
+    steps = many(steps)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
+    log, start = Learning(), time.process_time()
+    level, right = (1 if grow else levels), 0.0
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50, 2 * (1 - step / steps))
+        tokens, letters = sample(level, batch, generator)
+        logits = read(tokens)[:, -letters.size(1):]
+        loss = F.cross_entropy(logits.flatten(0, 1), letters.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        share = (logits.argmax(-1) == letters).double().mean().item()
+        right += 0.05 * (share - right)
+        log.right.append(right)
+        log.level.append(level)
+        if right > grow_at and level < levels:
+            level, right = level + 1, 0.0
+    log.seconds = time.process_time() - start
+    model.eval()
+    return log
+
+
+@torch.no_grad()
+def by_place(read, tokens, letters):
+    """Share of right letters at each place of the answer, after the right ones before it."""
+    answer = read(tokens)[:, -letters.size(1):].argmax(-1)
+    return (answer == letters).double().mean(0)
+
+
+def recite(model, letters, state=None, n=None):
+    """What an RMT answers to messages (B, n), each letter after its own, not after the right ones.
+
+    With a state, the letters were read before, and only the bar is read here.
+    """
+    prompt = torch.full((len(letters), 1), BAR)
+    if state is None:
+        prompt = torch.cat([letters, prompt], dim=1)
+    return generate(model, prompt, n or letters.size(1), state, temperature=0)
+
+
+# ==================================================================================================
+# Pictures: for a slide, readable from the last row
+
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#B87F00"
+PURPLE, BLACK, PALE = "#CC79A7", "#000000", "#CBE6F7"
+LOOKS = [(BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"),
+         (BLACK, "x", "-"), (ORANGE, "v", "--")]
+plt.rcParams.update({
+    "font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 12,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "lines.linewidth": 2, "lines.markersize": 7,
+})
+
+
+def show(figure, caption):
+    """Show a figure. Its caption says what to see, and is its alternative text too."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=80)
+    plt.close(figure)
+    png = base64.b64encode(data.getvalue()).decode()
+    display({"image/png": png, "text/plain": caption}, raw=True,
+            metadata={"image/png": {"alt": caption}})
+    display(Markdown(f"**What to see:** {caption}"))
+
+
+def draw_lines(curves, title, xlabel, ylabel, **axis_settings):
+    """Lines {label: (x, y)}, each with a colour, a marker and a line of its own."""
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    for (label, (x, y)), (color, marker, line) in zip(curves.items(), LOOKS, strict=False):
+        every = max(1, len(x) // 16)
+        axis.plot(x, y, line, color=color, marker=marker, markevery=every, label=label)
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel, **axis_settings)
+    if len(curves) > 1:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_bars(groups, title, ylabel, labels):
+    """Bars {group: one height per label} side by side, with their numbers."""
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    width = 0.8 / len(labels)
+    hatches = ["", "//", "..", "xx"]
+    for i, (label, (color, _, _)) in enumerate(zip(labels, LOOKS, strict=False)):
+        places = [group + (i - (len(labels) - 1) / 2) * width for group in range(len(groups))]
+        heights = [values[i] for values in groups.values()]
+        bars = axis.bar(places, heights, width, color=color, label=label, hatch=hatches[i % 4],
+                        edgecolor="white")
+        axis.bar_label(bars, fmt="%.2f", padding=2)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set(title=title, ylabel=ylabel, ylim=(0, 1.12))
+    if len(labels) > 1:
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_grids(matrices, xlabel, ylabel, xticks=None, yticks=None, numbers=False, borders=None):
+    """Matrices {title: (rows, columns)} of numbers from 0, white, to 1, black, side by side."""
+    sizes = [len(matrix[0]) for matrix in matrices.values()]
+    figure, axes = plt.subplots(
+        1, len(matrices), figsize=(2 + 0.42 * sum(sizes) + 0.6 * len(sizes), 4.6), sharey=True,
+        layout="constrained", squeeze=False, gridspec_kw={"width_ratios": sizes})
+    for axis, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
+        matrix = torch.as_tensor(matrix).double()
+        axis.imshow(matrix.numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        rows, columns = matrix.shape
+        axis.set_xticks(range(columns), xticks or range(1, columns + 1))
+        axis.set_yticks(range(rows), yticks or range(1, rows + 1))
+        axis.set(title=title, xlabel=xlabel)
+        for border in borders or []:
+            axis.axvline(border - 0.5, color=VERMILION, linestyle=":")
+        if numbers:
+            for row, column in torch.cartesian_prod(torch.arange(rows), torch.arange(columns)):
+                value = matrix[row, column].item()
+                axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=10,
+                          color="white" if value > 0.5 else "black")
+    axes[0, 0].set_ylabel(ylabel)
+    return figure
+
+
+def draw_mask(mask, n_read, n_write):
+    """A mask: rows look, columns are seen, a filled cell may be looked at."""
+    n = len(mask)
+    names = ["r"] * n_read + ["t"] * (n - n_read - n_write) + ["w"] * n_write
+    figure, axis = plt.subplots(figsize=(4.6, 4.6), layout="constrained")
+    axis.pcolormesh(mask.double().flip(0).numpy(), cmap="Blues", vmin=0, vmax=1.4,
+                    edgecolors="white", linewidth=2)
+    axis.set_xticks([i + 0.5 for i in range(n)], names)
+    axis.set_yticks([i + 0.5 for i in range(n)], names[::-1])
+    axis.set(title="who may look at whom", xlabel="is seen", ylabel="looks", aspect="equal")
+    axis.tick_params(length=0)
+    return figure
+
+
+def draw_reach(cases):
+    """Gradient above, influence below, of cases (variant, depth, gradient, influence), in logs."""
+    figure, axes = plt.subplots(2, len(cases), figsize=(14, 4.8), layout="constrained",
+                                sharex=True, sharey=True, squeeze=False)
+    for (variant, depth, *matrices), column in zip(cases, axes.T, strict=True):
+        for axis, matrix in zip(column, matrices, strict=True):
+            shade = (matrix / matrix.max()).log10().clamp(min=-4)  # -inf where there is nothing
+            axis.imshow(shade.numpy(), cmap="Greys", vmin=-4, vmax=0)
+            axis.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
+        column[0].set_title(variant if depth is None else f"{variant}, depth {depth}")
+        column[1].set_xlabel("page t")
+    axes[0, 0].set_ylabel("gradient of the\nloss on page s")
+    axes[1, 0].set_ylabel("influence on the\noutputs on page s")
+    return figure
+
+
+def draw_film(letters, panels, T=4):
+    """What a probe reads in the memory after each page, a column per page, panels side by side.
+
+    letters  the message (n,), read on pages of T and then said
+    panels   {title: (readings (pages, n) of letters, -1 where none is found, and after how many
+             pages the memory was changed, or None)}
+    Letters of the message stand on blue; others are white on black.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 5.6), sharey=True, squeeze=False,
+                                layout="constrained")
+    n = len(letters)
+    for axis, (title, (readings, cut)) in zip(axes[0], panels.items(), strict=True):
+        kind = torch.where(readings == letters, 1, 2).masked_fill(readings < 0, 0).T
+        axis.pcolormesh(kind.numpy(), cmap=matplotlib.colors.ListedColormap(["white", PALE, BLACK]),
+                        vmin=0, vmax=2, edgecolors="white", linewidth=2)
+        for place, page in kind.nonzero().tolist():
+            wrong = kind[place, page] == 2
+            axis.text(page + 0.5, place + 0.5, LETTERS[readings[page, place]], ha="center",
+                      va="center", fontsize=14, color="white" if wrong else "black",
+                      weight="bold" if wrong else "normal")
+        for border in range(T, n, T):
+            axis.axhline(border, color="0.6", linewidth=1)
+        axis.axvline(n / T, color="black", linestyle=":")
+        if cut is not None:
+            axis.axvline(cut, color=VERMILION, linewidth=4)
+        axis.set_xticks([page + 0.5 for page in range(len(readings))],
+                        range(1, len(readings) + 1))
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("after page (she reads : she says)")
+        axis.tick_params(length=0)
+    axes[0, 0].set_yticks([place + 0.5 for place in range(n)],
+                          [f"{place + 1}  {LETTERS[v]}" for place, v in enumerate(letters)])
+    axes[0, 0].set_ylabel("place in the message, and its letter")
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+# ==================================================================================================
+# The copy for a class
+
+
+def write_student_copy(folder, repo=None):
+    """Notebooks without outputs and solutions, and what they import. Raises OSError."""
+    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    for path in sorted(HERE.glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            source = "".join(cell["source"])
+            source = re.sub(r"\n+Solution: .*", "", source)
+            source = source.replace("; their [solutions](solutions.py) are one link away", "")
+            if repo is not None:
+                source = source.replace("OWNER/rmt", repo)
+            cell["source"] = source.splitlines(keepends=True)
+            if cell["cell_type"] == "code":
+                cell["outputs"], cell["execution_count"] = [], None
+        content = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        write(folder / "notebooks" / path.name, content)
+    for name in ("notebooks/course.py", "rmt.py", "train_lm.py", "LICENSE"):
+        write(folder / name, (HERE.parent / name).read_text(encoding="utf-8"))
+
+
+def write(path, content):
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        description="write a copy of the notebooks for a class", allow_abbrev=False)
+    parser.add_argument("--student", type=Path, metavar="FOLDER", required=True,
+                        help="where to write it; files of the same names are replaced")
+    parser.add_argument("--repo", metavar="OWNER/NAME",
+                        help="where on GitHub the copy will be, for badges and the set-up cell")
+    args = parser.parse_args(argv)
+    if (args.student / "notebooks" / "solutions.py").exists():
+        parser.error(f"--student {args.student} has solutions in it: take an empty folder")
+    if args.repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
+        parser.error(f"--repo {args.repo!r} must be OWNER/NAME, as on GitHub")
+    try:
+        write_student_copy(args.student, args.repo)
+    except OSError as reason:
+        parser.error(f"--student {args.student}: {reason}")
+    print(f"{args.student}: the notebooks, without outputs and solutions")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
