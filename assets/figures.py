@@ -6,6 +6,9 @@
         <!-- table NAME --> and <!-- end of table -->.
     python assets/figures.py --png [FOLDER]
         Draw every figure as a PNG for slides instead, into out/slides where no folder is named.
+        Then run the notebooks of the course, in minutes, for theirs; captions.md has the captions.
+    python assets/figures.py film
+        Draw assets/film.svg: run notebook 4, half a minute, and take its first figure.
     python assets/figures.py attention FOLDER
         Draw assets/attention.svg from the folder of a finished run of train_copy.py.
     python assets/figures.py gather NAME FILE... [--commit HASH]
@@ -19,8 +22,11 @@ It reads from top to bottom: records, tables, how figures look, figures, main.
 """
 import argparse
 import json
+import os
 import re
+import shutil
 import sys
+import tempfile
 from argparse import Namespace
 from dataclasses import fields
 from functools import partial
@@ -1026,6 +1032,45 @@ def draw_attention(folder):
 
 
 # ==================================================================================================
+# Figures of the notebooks
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def run_notebook(path, folder):
+    """Run a notebook, which keeps its figures in a folder: 1.svg, 1.png, 1.txt and so on."""
+    from nbclient import NotebookClient  # not among what rmt needs to run
+    from nbformat import read
+
+    os.environ["RMT_FIGURES"] = str(folder)
+    here = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(read(path, 4), timeout=900, resources=here).execute()
+
+
+def draw_notebooks(paths, folder):
+    """PNGs of all figures of some notebooks, and captions.md, which shows and explains them."""
+    lines = ["# Figures of the course", ""]
+    for path in paths:
+        print(f"running {path.name}", flush=True)
+        with tempfile.TemporaryDirectory() as kept:
+            run_notebook(path, kept)
+            for number in range(1, len(list(Path(kept).glob("*.txt"))) + 1):
+                name = f"{path.stem}-{number}.png"
+                shutil.copy(Path(kept, f"{number}.png"), folder / name)
+                caption = Path(kept, f"{number}.txt").read_text(encoding="utf-8")
+                lines += [f"## {name}", "", f"![{caption}]({name})", "", caption, ""]
+    write_text(folder / "captions.md", "\n".join(lines))
+
+
+def draw_film(folder):
+    """film.svg: the first figure of notebook 4."""
+    (path,) = [path for path in NOTEBOOKS if path.stem == "4_looking_inside"]
+    with tempfile.TemporaryDirectory() as kept:
+        run_notebook(path, kept)
+        shutil.copy(Path(kept, "1.svg"), folder / "film.svg")
+
+
+# ==================================================================================================
 # Main
 
 
@@ -1035,7 +1080,8 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("--png", type=Path, nargs="?", const=ROOT / "out" / "slides", metavar="FOLDER",
-         help="draw every figure as a PNG for slides, and nothing else; default: out/slides")
+         help="draw every figure as a PNG for slides, those of the notebooks too; default: "
+              "out/slides")
     flag("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the records are")
     flag("--out", type=Path, default=ASSETS, metavar="FOLDER", help="where the figures go")
     flag("--readme", type=Path, nargs="*", default=READMES, metavar="FILE",
@@ -1043,6 +1089,7 @@ def parse(argv):
     commands = parser.add_subparsers(dest="work")
     attention = commands.add_parser("attention", help="draw attention.svg from a run's folder")
     attention.add_argument("folder", type=Path)
+    commands.add_parser("film", help="draw film.svg, as notebook 4 does")
     gathering = commands.add_parser("gather", help="put results into one record")
     gathering.add_argument("name")
     gathering.add_argument("files", type=Path, nargs="+")
@@ -1063,11 +1110,16 @@ def main(args):
     if args.work == "attention":
         save(draw_attention(args.folder), "attention", folder, kind)
         return
+    if args.work == "film":
+        draw_film(folder)
+        return
     records = read_records(args.results)
     for name, (draw, needs) in FIGURES.items():
         if is_there(f"figure {name}", needs, records):
             save(draw(records), name, folder, kind)
-    if args.png is None:
+    if args.png is not None:
+        draw_notebooks(NOTEBOOKS, folder)
+    else:
         made = tables(args.results)
         for path in args.readme:
             if path.exists():

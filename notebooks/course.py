@@ -4,8 +4,9 @@
         Write a copy for a class: the notebooks without outputs, and no solutions. Put it on GitHub
         as OWNER/NAME, and the badges open it, and notebooks that run alone fetch it.
 
-Two environment variables change how the notebooks run: RMT_FAST=1 hardly trains anything, and
-claims are said without being asserted; RMT_SEED=1 takes another seed.
+Environment variables change how the notebooks run: RMT_FAST=1 hardly trains anything, and
+claims are said without being asserted; RMT_SEED=1 takes another seed. RMT_FIGURES=FOLDER keeps all
+figures there, for slides: python assets/figures.py --png does that for all notebooks.
 
 It reads from top to bottom: guesses and claims, exercises, messages and training, pictures, the
 copy for a class.
@@ -338,6 +339,7 @@ plt.rcParams.update({
 
 def show(figure, caption):
     """Show a figure. Its caption says what to see, and is its alternative text too."""
+    keep(figure, caption)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=80)
     plt.close(figure)
@@ -345,6 +347,16 @@ def show(figure, caption):
     display({"image/png": png, "text/plain": caption}, raw=True,
             metadata={"image/png": {"alt": caption}})
     display(Markdown(f"**What to see:** {caption}"))
+
+
+def keep(figure, caption):
+    """Where RMT_FIGURES names a folder, keep the figure there: 1.svg, 1.png for slides, 1.txt."""
+    if "RMT_FIGURES" in os.environ:
+        folder = Path(os.environ["RMT_FIGURES"])
+        number = len(list(folder.glob("*.txt"))) + 1
+        for kind in ("svg", "png"):
+            figure.savefig(folder / f"{number}.{kind}", dpi=200)
+        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
 
 
 def draw_lines(curves, title, xlabel, ylabel, **axis_settings):

@@ -1,8 +1,8 @@
 """Solutions of the exercises, and for each a wrong answer that its check must refuse.
 
 A solution has the name of its exercise. NAME_wrong is an answer that many give at first, with what
-is wrong about it, and SAYS[NAME] is what the check says of it. A copy for a class is written without
-this file: python notebooks/course.py --student FOLDER
+is wrong about it, and SAYS[NAME] is what the check says of it. A copy for a class is written
+without this file: python notebooks/course.py --student FOLDER
 
 Some functions use names of their notebooks, and run there only.
 """
@@ -76,7 +76,7 @@ def mask(M, n):
 
 
 def mask_wrong(M, n):
-    """The plain triangle: right for one card, but of two cards the first does not see the second."""
+    """The plain triangle: but read rows see each other, and so do write rows."""
     return torch.ones(M + n + M, M + n + M).tril().bool()
 
 
@@ -122,119 +122,9 @@ SAYS.update({
     "wrap": "not yet. wrap([[[0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]) must have the shape "
             "(1, 4, 2), and has (1, 3, 2)",
     "mask": "not yet. mask(1, 2) is wrong at [0, 1]; 1 of 16 entries are",
-    "forward": "not yet. forward(MyRMT, [[0, 1, 2, 3, 4, 5]]) lets no gradient through from the last "
-               "page to the first",
+    "forward": "not yet. forward(MyRMT, [[0, 1, 2, 3, 4, 5]]) lets no gradient through from the "
+               "last page to the first",
     "leaks": "not yet. leaks(ReadRowsPeek) is not False",
-})
-
-
-# ==================================================================================================
-# 4 · Looking inside
-
-
-def decode(memory, W):
-    """The best of the ten scores of each place, and -1 where it is not above one half."""
-    # Targets are 0 or 1, so a score near 1 is a letter that the probe finds; all ten are near 0.1
-    # where it finds none.
-    X = torch.nn.functional.pad(memory, (0, 1), value=1.0)
-    best = (X @ W).unflatten(-1, (-1, 10)).max(-1)
-    return torch.where(best.values > 0.5, best.indices, -1)
-
-
-def decode_wrong(memory, W):
-    """The best score without a look at its size: but the best of ten small scores says nothing."""
-    X = torch.nn.functional.pad(memory, (0, 1), value=1.0)
-    return (X @ W).unflatten(-1, (-1, 10)).argmax(-1)
-
-
-def needed_slots(left):
-    """For each place the card, from 1, whose loss hurts most; 0 where none brings it below 0.9."""
-    # A column of left is one place: its smallest entry is the worst lesion.
-    return [int(column.argmin()) + 1 if column.min() < 0.9 else 0 for column in left.T]
-
-
-def needed_slots_wrong(left):
-    """The worst card of each place: but the worst of six that do no harm is not needed."""
-    return [int(column.argmin()) + 1 for column in left.T]
-
-
-def forge(memory, means, place, old, new):
-    """A memory is a sum, so one summand goes and another one comes."""
-    # (mean of new - mean of all) comes and (mean of old - mean of all) goes; the mean of all cancels.
-    return memory + means[place, new] - means[place, old]
-
-
-def forge_wrong(memory, means, place, old, new):
-    """The card that the letter needs, from a message with the new letter: but a card holds others."""
-    cards = memory.view(-1, 6, 64).clone()
-    card = left[:, place].argmin()  # noqa: F821
-    donors = torch.stack([(old == letter).nonzero()[0, 0] for letter in new])
-    cards[:, card] = memory.view(-1, 6, 64)[donors, card]
-    return cards.flatten(1)
-
-
-def erase(memory, place):
-    """The part of memory - mean in the directions in which the letters of this place differ goes."""
-    # Ten means that add up to ten times the mean of all, nearly: their differences span nine
-    # directions. Without them, all ten letters lead to the same place.
-    Q = torch.linalg.qr((means[place] - mean).T)[0][:, :9]  # noqa: F821
-    return memory - (memory - mean) @ Q @ Q.T  # noqa: F821
-
-
-def erase_wrong(memory, place):
-    """The ten means taken as directions: but they hold the mean of all memories, which must stay."""
-    Q = torch.linalg.qr(means[place].T)[0]  # noqa: F821
-    return memory - memory @ Q @ Q.T
-
-
-SAYS.update({
-    "decode": "not yet. decode(a tensor (4, 6), a tensor (7, 30)) is wrong at [0, 0]; 7 of 12 "
-              "entries are",
-    "needed_slots": "not yet. needed_slots([[0.5, 1.0], [1.0, 0.9375]]) is wrong at place 2",
-    "forge": "not yet. forge(a tensor (200, 384), a tensor (12, 10, 384), 5, a tensor (200,), "
-             "a tensor (200,)) makes her say other letters than before, at other places too",
-    "erase": "not yet. erase(a tensor (200, 384), 5) makes her forget other letters too",
-})
-
-
-# ==================================================================================================
-# 5 · Language
-
-
-def bits_per_character(nats):
-    """Another base of the same logarithm."""
-    return nats / math.log(2)
-
-
-def bits_per_character_wrong(nats):
-    """The logarithm of the loss: but the loss is a logarithm already."""
-    return math.log2(nats)
-
-
-def late():
-    """Remember all states, and hand on the last but one."""
-    seen = []
-
-    def change(state):
-        seen.append(state)
-        return seen[max(0, len(seen) - 2)]
-    return change
-
-
-def late_wrong():
-    """Hand on the first state for ever: that is a frozen memory, not a late one."""
-    seen = []
-
-    def change(state):
-        seen.append(state)
-        return seen[0]
-    return change
-
-
-SAYS.update({
-    "bits_per_character": "not yet. bits_per_character(0.6931471805599453) is not "
-                          "-0.5287663729448977",
-    "late": "not yet. late() hands on ['a', 'a', 'a', 'a'] for the states a, b, c, d",
 })
 
 
@@ -298,4 +188,113 @@ SAYS.update({
     "truncated": "not yet. truncated(RMT, a tensor (2, 24), 3) has the right logits, but the loss "
                  "of page 2 reaches page 0",
     "pages_kept": "not yet. pages_kept(6, 2, True) is not 2",
+})
+
+# ==================================================================================================
+# 4 · Looking inside
+
+
+def decode(memory, W):
+    """The best of the ten scores of each place, and -1 where it is not above one half."""
+    # Targets are 0 or 1, so a score near 1 is a letter that the probe finds; all ten are near 0.1
+    # where it finds none.
+    X = torch.nn.functional.pad(memory, (0, 1), value=1.0)
+    best = (X @ W).unflatten(-1, (-1, 10)).max(-1)
+    return torch.where(best.values > 0.5, best.indices, -1)
+
+
+def decode_wrong(memory, W):
+    """The best score without a look at its size: but the best of ten small scores says nothing."""
+    X = torch.nn.functional.pad(memory, (0, 1), value=1.0)
+    return (X @ W).unflatten(-1, (-1, 10)).argmax(-1)
+
+
+def needed_cards(left):
+    """For each place the card, from 1, whose loss hurts most; 0 where none brings it below 0.9."""
+    # A column of left is one place: its smallest entry is the worst lesion.
+    return [int(column.argmin()) + 1 if column.min() < 0.9 else 0 for column in left.T]
+
+
+def needed_cards_wrong(left):
+    """The worst card of each place: but the worst of six that do no harm is not needed."""
+    return [int(column.argmin()) + 1 for column in left.T]
+
+
+def forge(memory, means, place, old, new):
+    """A memory is a sum, so one summand goes and another one comes."""
+    # (mean of new - mean of all) comes, (mean of old - mean of all) goes: the mean of all cancels.
+    return memory + means[place, new] - means[place, old]
+
+
+def forge_wrong(memory, means, place, old, new):
+    """The card that the letter needs, from a message with the new one: but others share it."""
+    cards = memory.view(-1, 6, 64).clone()
+    card = left[:, place].argmin()  # noqa: F821
+    donors = torch.stack([(old == letter).nonzero()[0, 0] for letter in new])
+    cards[:, card] = memory.view(-1, 6, 64)[donors, card]
+    return cards.flatten(1)
+
+
+def erase(memory, place):
+    """What goes is the part of memory - mean along which the letters of this place differ."""
+    # Ten means that add up to ten times the mean of all, nearly: their differences span nine
+    # directions. Without them, all ten letters lead to the same place.
+    Q = torch.linalg.qr((means[place] - mean).T)[0][:, :9]  # noqa: F821
+    return memory - (memory - mean) @ Q @ Q.T  # noqa: F821
+
+
+def erase_wrong(memory, place):
+    """The ten means taken as directions: but they hold what all memories share, too."""
+    Q = torch.linalg.qr(means[place].T)[0]  # noqa: F821
+    return memory - memory @ Q @ Q.T
+
+
+SAYS.update({
+    "decode": "not yet. decode(a tensor (4, 6), a tensor (7, 30)) is wrong at [0, 0]; 7 of 12 "
+              "entries are",
+    "needed_cards": "not yet. needed_cards([[0.5, 1.0], [1.0, 0.9375]]) is wrong at place 2",
+    "forge": "not yet. forge(a tensor (200, 384), a tensor (12, 10, 384), 5, a tensor (200,), "
+             "a tensor (200,)) makes her say other letters than before, at other places too",
+    "erase": "not yet. erase(a tensor (200, 384), 5) makes her forget other letters too",
+})
+
+
+# ==================================================================================================
+# 5 · Language
+
+
+def bits_per_character(nats):
+    """Another base of the same logarithm."""
+    return nats / math.log(2)
+
+
+def bits_per_character_wrong(nats):
+    """The logarithm of the loss: but the loss is a logarithm already."""
+    return math.log2(nats)
+
+
+def late():
+    """Remember all states, and hand on the last but one."""
+    seen = []
+
+    def change(state):
+        seen.append(state)
+        return seen[max(0, len(seen) - 2)]
+    return change
+
+
+def late_wrong():
+    """Hand on the first state for ever: that is a frozen memory, not a late one."""
+    seen = []
+
+    def change(state):
+        seen.append(state)
+        return seen[0]
+    return change
+
+
+SAYS.update({
+    "bits_per_character": "not yet. bits_per_character(0.6931471805599453) is not "
+                          "-0.5287663729448977",
+    "late": "not yet. late() hands on ['a', 'a', 'a', 'a'] for the states a, b, c, d",
 })
