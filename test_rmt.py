@@ -3019,6 +3019,24 @@ class TestCourse:
         assert re.findall(r"^(\w+): OK\. \w", printed, re.MULTILINE) == names
 
 
+    def test_the_page_for_teachers_names_every_notebook_and_answers_its_exam(self, solutions):
+        page = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
+        front = READMES[0].read_text(encoding="utf-8")
+        for path in NOTEBOOKS:
+            row = re.escape(f"]({path.name})") + r" \| (.+?) \| (\d+) \| (\d+) \|\n"
+            question, minutes, seconds = re.search(row, page).groups()
+            title = read_notebook(path).cells[0]["source"]
+            assert f"Time: {minutes} minutes" in title and int(seconds) <= promised_seconds(
+                read_notebook(path))
+            assert f"| {question} | {minutes} | {seconds} |" in front
+        exam = page.split("## Exam questions")[1].split("\n## ")[0]
+        numbers = [int(number) for number in re.findall(r"^(\d+)\. ", exam, re.MULTILINE)]
+        assert numbers == list(solutions.EXAM) == list(range(1, 11))
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page):
+            assert (ROOT / "notebooks" / target).exists(), target
+        assert len(page.splitlines()) <= 150
+
+
 class TestSetUpCell:
     """The first cell of all notebooks, wherever it starts."""
 

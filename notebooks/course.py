@@ -20,10 +20,13 @@ import json
 import math
 import os
 import re
+import shlex
+import subprocess
 import sys
+import tempfile
 import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 
 import matplotlib
@@ -172,6 +175,8 @@ def shown(value):
         return f"a tensor {tuple(value.shape)}"
     if isinstance(value, torch.nn.Module):
         return type(value).__name__
+    if is_dataclass(value):
+        return f"{type(value).__name__}(...)"
     return repr(value)
 
 
@@ -270,7 +275,7 @@ class Learning:
 
 
 def train(model, sample, steps, read=None, levels=1, lr=4e-3, batch=16, grow=True, grow_at=0.75,
-          seed=SEED):
+          weight_decay=0.01, seed=SEED):
     """The training loop of notebook 2, for all notebooks. Returns a Learning.
 
     sample(level, batch, generator) -> tokens and the letters that the last outputs must say. The
@@ -280,7 +285,8 @@ def train(model, sample, steps, read=None, levels=1, lr=4e-3, batch=16, grow=Tru
     read = read or (lambda tokens: unroll(model, tokens)[0])
     steps = many(steps)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98),
+                                  weight_decay=weight_decay)
     log, start = Learning(), time.process_time()
     level, right = (1 if grow else levels), 0.0
     model.train()
@@ -321,6 +327,33 @@ def recite(model, letters, state=None, n=None):
     if state is None:
         prompt = torch.cat([letters, prompt], dim=1)
     return generate(model, prompt, n or letters.size(1), state, temperature=0)
+
+
+def language(variant):
+    """A model that has read Python's standard library for half a minute, its settings, its text.
+
+    It runs train_lm.py with 600 steps, as you would in a terminal; a cache has four positions, so
+    that it hands on as many numbers as eight memory tokens.
+    """
+    import train_lm
+
+    root = Path(train_lm.__file__).parent
+    short_run = f"--steps 40 --batch 8 --data {shlex.quote(str(root / 'rmt.py'))}"
+    flags = short_run if FAST else "--steps 600"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "train_lm.py", *shlex.split(flags), "--model", variant,
+                   "--baseline", "none", "--cache-len", "4", "--seed", str(SEED),
+                   "--eval-every", "300", "--device", "cpu", "--out", str(out)]
+        run = subprocess.run(command, cwd=root, text=True, encoding="utf-8", stdout=subprocess.PIPE,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        print(re.findall(rf"^{variant}: .* CPU seconds of training$", run.stdout, re.MULTILINE)[-1])
+        saved = train_lm.load(out)
+    args = argparse.Namespace(**saved["settings"])
+    corpus = train_lm.Text(train_lm.read(args.data))
+    model = train_lm.build(args, variant, len(corpus.vocabulary))
+    model.load_state_dict(saved["runs"][variant]["model"])
+    return model.eval(), args, corpus
 
 
 # ==================================================================================================
@@ -477,6 +510,53 @@ def draw_film(letters, panels, T=4):
                           [f"{place + 1}  {LETTERS[v]}" for place, v in enumerate(letters)])
     axes[0, 0].set_ylabel("place in the message, and its letter")
     axes[0, 0].invert_yaxis()
+    return figure
+
+
+def draw_masks(models):
+    """The masks of models {title: RMT} side by side, in cells of one size, blocks by letter."""
+    figure, axis = plt.subplots(figsize=(13, 2.9), layout="constrained")
+    left = bottom = 0
+    for title, model in models.items():
+        T = model.config.segment_len
+        mask = model.mask(T, model.n_cache)
+        rows, columns = mask.shape
+        parts = {"r": model.n_read, "c": model.n_cache, "t": T, "w": model.n_write}
+        names = "".join(name * n for name, n in parts.items())
+        colors = dict(zip("rctw", (BLUE, ORANGE, BLACK, VERMILION), strict=True))
+        for j, name in enumerate(names):
+            axis.text(left + j + 0.5, -0.2, name, color=colors[name], ha="center", va="bottom")
+            for i in range(rows):
+                face = colors[name] if mask[i, j] else "0.94"
+                axis.add_patch(plt.Rectangle((left + j, i), 1, 1, facecolor=face,
+                                             edgecolor="white", linewidth=1.5))
+        for i, name in enumerate(names.replace("c", "")):
+            axis.text(left - 0.2, i + 0.5, name, color=colors[name], ha="right", va="center")
+        axis.text(left, -1.5, title, va="bottom")
+        left, bottom = left + max(columns, 7.5) + 2, max(bottom, rows)
+    axis.set(xlim=(-1, left - 2), ylim=(bottom, -3), aspect="equal")
+    axis.axis("off")
+    return figure
+
+
+def draw_schedules(schedules):
+    """Schedules {title: steps, each a list of (layer, segment)}: which step runs which cell."""
+    figure, axes = plt.subplots(1, len(schedules), figsize=(13, 3.4), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, (title, steps) in zip(axes[0], schedules.items(), strict=True):
+        cells = [(layer, segment, i) for i, step in enumerate(steps) for layer, segment in step]
+        for layer, segment, i in cells:
+            shade = i / len(steps)
+            axis.add_patch(plt.Rectangle((segment - 0.5, layer - 0.5), 1, 1, edgecolor="white",
+                                         facecolor=plt.cm.Blues(0.1 + 0.9 * shade), linewidth=2))
+            axis.text(segment, layer, i + 1, ha="center", va="center", fontsize=14,
+                      color="white" if shade > 0.5 else "black")
+        n_layers, n_segments, _ = (max(column) + 1 for column in zip(*cells, strict=True))
+        axis.set(xlim=(-0.5, n_segments - 0.5), ylim=(-0.5, n_layers - 0.5),
+                 xticks=range(n_segments), yticks=range(n_layers), xlabel="segment",
+                 title=f"{title}: {len(steps)} steps")
+        axis.tick_params(length=0)
+    axes[0, 0].set_ylabel("layer")
     return figure
 
 

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from rmt import RMT
+
 SAYS = {}
 
 # ==================================================================================================
@@ -298,3 +300,199 @@ SAYS.update({
                           "-0.5287663729448977",
     "late": "not yet. late() hands on ['a', 'a', 'a', 'a'] for the states a, b, c, d",
 })
+
+# ==================================================================================================
+# 8 · Transplant
+
+
+def new_numbers(M, D):
+    """The initial memory and the write embedding, (M, D) each."""
+    return 2 * M * D
+
+
+def new_numbers_wrong(M, D):
+    """Query, key, value and output weights for the cards: but they share those of the letters."""
+    return 2 * M * D + 4 * D * D
+
+
+def transplant(old, config):
+    """Copy what has the same name and shape; the memory of the old model has no rows."""
+    new = RMT(config)
+    weights = new.state_dict()
+    for name, weight in old.state_dict().items():
+        if name in weights and weights[name].shape == weight.shape:
+            weights[name] = weight
+    new.load_state_dict(weights)
+    return new
+
+
+def transplant_wrong(old, config):
+    """The layers alone: but embedding, norm and head are his, too."""
+    new = RMT(config)
+    new.backbone.load_state_dict(old.backbone.state_dict())
+    return new
+
+
+def only_cards(model):
+    """Two names of all parameters."""
+    for name, weight in model.named_parameters():
+        weight.requires_grad = name in ("memory", "write_embedding")
+    return model
+
+
+def only_cards_wrong(model):
+    """The layers are frozen: but embedding, norm and head are not cards."""
+    model.backbone.requires_grad_(False)
+    return model
+
+
+SAYS.update({
+    "new_numbers": "not yet. new_numbers(1, 4) is not 72",
+    "transplant": "not yet. transplant(RMT, Config(...)) has another embed.weight than the old "
+                  "model",
+    "only_cards": "not yet. only_cards(RMT) lets 5 tensors learn, the embedding of characters too",
+})
+
+# ==================================================================================================
+# 7 · Limits
+
+
+def bits(letters, symbols):
+    """There are symbols ** letters messages, and the logarithm makes the power a product."""
+    return letters * math.log2(symbols)
+
+
+def bits_wrong(letters, symbols):
+    """Whole bits for every letter: but ten symbols do not need all sixteen words of four bits."""
+    return letters * math.ceil(math.log2(symbols))
+
+
+def survives(loss, pages):
+    """What is above blind guessing shrinks by one factor at every border."""
+    # right' = right (1 - loss) + (1 - right) loss / 9, so right' - 0.1 = (right - 0.1) (1 - 10 loss / 9)
+    return 0.1 + 0.9 * (1 - 10 * loss / 9) ** pages
+
+
+def survives_wrong(loss, pages):
+    """No mistake at any border: but a second mistake may lead back to the right letter."""
+    return (1 - loss) ** pages
+
+
+def accept(result):
+    """Seeds, a control (it has seeds, too), budget, and ranges that do not touch."""
+    new, control = result["new"], result["control"]
+    fair = all(result[kind][0] <= result[kind][1] for kind in ("floats", "steps"))
+    return min(len(new), len(control)) >= 3 and fair and min(new) > max(control)
+
+
+def accept_wrong(result):
+    """The means are compared: but a few lucky seeds can lift a mean."""
+    new, control = result["new"], result["control"]
+    fair = all(result[kind][0] <= result[kind][1] for kind in ("floats", "steps"))
+    enough = min(len(new), len(control)) >= 3
+    return enough and fair and sum(new) / len(new) > sum(control) / len(control)
+
+
+def my_config():
+    """Sixteen narrow cards: parameters grow with the square of the width, floats only with it."""
+    # A step is hardly cheaper, and it takes about twice as many of them.
+    return Config("rmt", 11, segment_len=8, d_model=16, n_mem=16, write_slot="both")  # noqa: F821
+
+
+def my_config_wrong():
+    """Fewer cards: but the parameters are nearly all of the score, and wide cards cost most there."""
+    return Config("rmt", 11, segment_len=8, d_model=64, n_mem=4, write_slot="both")  # noqa: F821
+
+
+SAYS.update({
+    "bits": "not yet. bits(2, 10) is not 8",
+    "survives": "not yet. survives(0.1, 2) is not 0.81",
+    "accept": "not yet. accept({'new': [0.7, 0.99, 0.98], 'control': [0.66, 0.71, 0.6], 'floats': "
+              "(64, 64), 'steps': (700, 700)}) is not True",
+    "my_config": "not yet. my_config() scores 101,056 with 11 tokens on pages of 8",
+})
+
+
+# ==================================================================================================
+# 6 · Relatives
+
+
+def write(A, k, v, beta):
+    """What is missing, v - A k, goes under the key k."""
+    # Read under k again: A k + beta (v - A k) (k . k), and k . k is 1. At right angles to k, k . q
+    # is 0, and nothing moves.
+    return A + beta * torch.outer(v - A @ k, k)
+
+
+def write_wrong(A, k, v, beta):
+    """The plain sum: right in an empty cabinet, but later the old value is still in the drawer."""
+    return A + beta * torch.outer(v, k)
+
+
+def xl_segments(n_layer, cache_len, segment_len):
+    """Each layer reaches back over all segments that its cache touches."""
+    # A cached line has seen its segment from the start, so the next layer begins to count there.
+    return n_layer * -(-cache_len // segment_len)
+
+
+def xl_segments_wrong(n_layer, cache_len, segment_len):
+    """Caches add up token by token: but each of them starts at the beginning of a segment."""
+    return -(-n_layer * cache_len // segment_len)
+
+
+def diagonal(S, L):
+    """Layer l works on segment s in step l + s: both that it needs were done the step before."""
+    return [[(layer, step - layer) for layer in range(L) if 0 <= step - layer < S]
+            for step in range(S + L - 1)]
+
+
+def diagonal_wrong(S, L):
+    """All layers of a segment at once: but a layer needs the rows of the layer below."""
+    return [[(layer, segment) for layer in range(L)] for segment in range(S)]
+
+
+def my_variant():
+    """Cards and cabinets: the paper's mask, and the layer of ARMT."""
+    # Cards go over the top because the row is recurrent, cabinets stay inside the layers, and the
+    # write rows serve both.
+    return Variant(True, True, True, "paper", AssociativeBlock)  # noqa: F821
+
+
+def my_variant_wrong():
+    """The mask "full", so that the write rows see everything: but so do the tokens."""
+    return Variant(True, True, True, "full", AssociativeBlock)  # noqa: F821
+
+
+SAYS.update({
+    "write": "not yet. write([[5.0, 0.0], [0.0, 5.0], [0.0, 0.0]], [0.6, 0.8], [1.0, 2.0, 3.0], "
+             "1.0) says [4.0, 6.0, 3.0] about the key just written",
+    "xl_segments": "not yet. xl_segments(3, 2, 4) is not 2",
+    "diagonal": "not yet. diagonal(1, 2) runs (1, 0) when (0, 0) is not done",
+    "my_variant": "not yet. my_variant() lets an output before token 1 see it",
+})
+
+# ==================================================================================================
+# The exam questions of notebooks/README.md
+
+EXAM = {
+    1: "Rows read, first token, second token, write; columns the same: 1000, 1100, 1110, 1111.",
+    2: "Cuts stand before segments 2 and 4, so three groups: (0,0), (1,0), (1,1); (2,2), (3,2), "
+       "(3,3); (4,4), (5,4), (5,5). Row is the loss, column the input.",
+    3: "8 x 64 = 512, and 2 x 4 x 64 = 512: the same.",
+    4: "Its first segments are not taught what to write, but their outputs still depend on what they "
+       "read, and the last segment learns to read that: a reservoir. A control resets the memory.",
+    5: "A = 1/2 x 1 = 0.5 after the first write. Then 0.5 + 1/2 x (2 - 0.5) = 1.25.",
+    6: "The first layer of a segment reads what the last layer of the segment before has written, so "
+       "nothing can start earlier. In an ARMT each layer hands its matrix to itself: layer l of "
+       "segment s needs layer l - 1 of s and layer l of s - 1 only, and these lie on the diagonal "
+       "before.",
+    7: "0.69 / ln 2 = 1 bit; the perplexity is exp(0.69) = 2.",
+    8: "The letter stands elsewhere, too, and the model reads it there; or the model does not use "
+       "what a linear map can find there. (Or the lesion left it: the mean of a letter-rich token "
+       "is no neutral value.)",
+    9: "Whether the mask lets it see the answer, by changing a later token: a leak. Then, whether "
+       "one early mistake spoils the rest, by scoring the first letter alone.",
+    10: "When the text fits into one segment; when many exact lookups are needed, for which an "
+        "associative memory or full attention is better; when there is no budget to learn what to "
+        "write, and a cache does it from the first step.",
+}
