@@ -50,6 +50,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -941,15 +942,15 @@ class TestMemory:
 
     @models(PUBLISHED)
     def test_a_state_has_as_many_floats_as_its_formula_says(self, name):
+        row = VARIANTS[name]
         K = 2 * 3 * 4
-        formulas = {
-            "transformer": 0,
-            "mem_transformer": 0,
-            "transformer_xl": L * C * D,
-            "rmt_xl": M * D + L * C * D,
-            "armt": L * D * K,
-        }
-        expected = formulas.get(name, M * D)
+        expected = 0
+        if row.recurrent:
+            expected += M * D
+        if row.cache:
+            expected += L * C * D
+        if row.block is AssociativeBlock:
+            expected += L * D * K
         _, state = unroll(build(name), text(12, batch_size=1))
         assert sum(t.numel() for t in tree_leaves(state)) == expected
         assert build(name).state_floats() == expected
@@ -3018,6 +3019,24 @@ class TestCourse:
         printed = run_notebook(path, {name: getattr(solutions, name) for name in names})
         assert re.findall(r"^(\w+): OK\. \w", printed, re.MULTILINE) == names
 
+
+    def test_a_figure_is_kept_for_slides_with_its_caption(self, folder):
+        """As python assets/figures.py --png keeps those of all notebooks."""
+        new = pytest.importorskip("nbformat").v4
+        cell = f"""import sys
+sys.path.insert(0, {str(ROOT / "notebooks")!r})
+import course
+for caption in ("one", "two"):
+    course.show(course.draw_lines({{"a": ([1, 2], [3, 4])}}, "title", "x", "y"), caption)"""
+        notebook = new.new_notebook(cells=[new.new_code_cell(cell)])
+        Path("n.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RMT_FIGURES", "")
+            figures.draw_notebooks([Path("n.ipynb")], folder)
+        page = Path("captions.md").read_text(encoding="utf-8")
+        assert re.findall(r"!\[(\w+)\]\((\S+)\)\n\n(\w+)", page) == [
+            ("one", "n-1.png", "one"), ("two", "n-2.png", "two")]
+        assert plt.imread("n-1.png").shape[:2] == (800, 1800)  # 9 by 4 inches, for slides
 
     def test_the_page_for_teachers_names_every_notebook_and_answers_its_exam(self, solutions):
         page = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")

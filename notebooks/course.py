@@ -550,7 +550,7 @@ def draw_schedules(schedules):
             axis.add_patch(plt.Rectangle((segment - 0.5, layer - 0.5), 1, 1, edgecolor="white",
                                          facecolor=plt.cm.Blues(0.1 + 0.9 * shade), linewidth=2))
             axis.text(segment, layer, i + 1, ha="center", va="center", fontsize=14,
-                      color="white" if shade > 0.5 else "black")
+                      color="white" if shade > 0.6 else "black")
         n_layers, n_segments, _ = (max(column) + 1 for column in zip(*cells, strict=True))
         axis.set(xlim=(-0.5, n_segments - 0.5), ylim=(-0.5, n_layers - 0.5),
                  xticks=range(n_segments), yticks=range(n_layers), xlabel="segment",
