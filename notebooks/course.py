@@ -33,7 +33,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
+from matplotlib.animation import FuncAnimation
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -558,6 +559,29 @@ def draw_schedules(schedules):
         axis.tick_params(length=0)
     axes[0, 0].set_ylabel("layer")
     return figure
+
+
+def scrub(memories, read, caption):
+    """Memories (pages, cards, width) page by page, to be moved through with a slider, and a still.
+
+    The title says what a probe reads, letters (pages, places), -1 where it is not sure.
+    """
+    largest = memories.abs().max().item()
+
+    def draw(page):
+        axis.clear()
+        axis.imshow(memories[page].numpy(), cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto")
+        letters = "".join("." if letter < 0 else LETTERS[letter] for letter in read[page].tolist())
+        axis.set(title=f"after page {page + 1} a probe reads {letters}", xlabel="channel",
+                 ylabel="card")
+        axis.set_yticks(range(memories.size(1)), range(1, memories.size(1) + 1))
+
+    figure, axis = plt.subplots(figsize=(9, 2.8), dpi=60, layout="constrained")
+    film = FuncAnimation(figure, draw, frames=len(memories), interval=1000)
+    player = film.to_jshtml(default_mode="once")
+    draw(len(memories) // 2 - 1)
+    show(figure, caption)
+    display(HTML(player))
 
 
 # ==================================================================================================
