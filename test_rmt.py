@@ -51,6 +51,7 @@ from subprocess import CompletedProcess
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -2807,11 +2808,10 @@ class TestNotebooks:
 
     def test_a_guess_comes_before_every_measurement(self, path):
         code = "\n".join(cells_of(read_notebook(path), "code"))
-        asked = [code.index(f'guess("{question}"') for question in
-                 re.findall(r'measured\("([^"]+)"', code)]
-        told = [match.start() for match in re.finditer(r'measured\("', code)]
-        assert len(asked) >= 2
-        assert all(before < after for before, after in zip(asked, told, strict=True))
+        told = list(re.finditer(r'measured\(f?"([^"{]+)', code))
+        assert len(told) >= 2
+        for match in told:
+            assert 0 <= code.find(f'guess("{match[1]}') < match.start()
 
     def test_every_exercise_has_hints_a_solution_and_a_wrong_answer(self, path, solutions):
         notebook = read_notebook(path)
@@ -2887,25 +2887,61 @@ class TestCourse:
         start = "f: not yet. f([[0.0, 0.0], [0.0, 0.0]]) "
         assert verdict(lambda x: torch.tensor([[0, 1], [0, 1]])) == "f: OK."
         assert verdict(lambda x: torch.eye(2)) == start + "is wrong at [0, 0]; 2 of 4 entries are"
-        assert verdict(lambda x: torch.eye(2), torch.bool) == (
+        assert verdict(lambda x: torch.eye(2).bool(), torch.bool) == (
             start + "is wrong at [0, 0]; 2 of 4 entries are")
+        assert verdict(lambda x: torch.eye(2), torch.bool) == (
+            start + "must hold True and False (torch.bool), and holds torch.float64")
+        assert verdict(lambda x: torch.eye(2).bool()) == (
+            start + "must hold numbers, and holds torch.bool")
+        assert verdict(lambda x: torch.eye(2), torch.int64) == (
+            start + "must hold whole numbers (torch.int64), and holds torch.float64")
         assert verdict(lambda x: x[0]) == start + "must have the shape (2, 2), and has (2,)"
-        assert verdict(lambda x: [[0, 1], [0, 1]]) == start + "must be a tensor, and is a list"
-        assert verdict(lambda x: x.fill_(float("nan"))).endswith("4 of 4 entries are")
+        assert verdict(lambda x: [[0, 1], [0, 1]]) == (
+            start + "must be a tensor, and is of type list")
+        assert verdict(lambda x: x / 0).endswith("4 of 4 entries are")
+        assert verdict(lambda x: x.add_(1)) == start + "changes what it was given: work on a copy"
 
     def test_a_judge_complains_in_its_own_words(self, course, capsys):
         for complaint, verdict in [(None, "OK."), ("is odd", "not yet. f(3) is odd")]:
             course.check("f", lambda n: n, [(3,)], judge=lambda found, n, says=complaint: says)
             assert capsys.readouterr().out.strip() == f"f: {verdict}"
+        course.check("f", lambda n: "x" * 99, [(3,)], judge=lambda found, n: found.shape)
+        assert capsys.readouterr().out.strip() == (
+            f"f: not yet. f(3) is '{'x' * 75} ..., and trying that ends with AttributeError: 'str' "
+            "object has no attribute 'shape'")
+
+    def test_a_check_wants_a_list_where_one_is_right(self, course, capsys):
+        for answer, verdict in [([0], "OK."), (torch.tensor([0]), "OK."), ([], "is not []"),
+                                ((0,), "must be a list, and is of type tuple"),
+                                (0, "must be a list, and is of type int")]:
+            course.check("f", lambda n, answer=answer: answer, [(1,)], lambda n: [0])
+            assert capsys.readouterr().out.strip().endswith(verdict)
+
+    def test_what_is_not_solved_stops_a_class_copy_without_a_traceback(self, course, solutions,
+                                                                       monkeypatch):
+        monkeypatch.setitem(sys.modules, "solutions", None)  # as where that file is not there
+        with pytest.raises(course.NotYet) as stopped:
+            course.use("wrap", None)
+        assert stopped.value._render_traceback_() == [
+            "The cells from here on need wrap: solve that exercise first."]
+        monkeypatch.setitem(sys.modules, "solutions", solutions)
+        assert course.use("wrap", None) is solutions.wrap
+        course.check("wrap", len, [([1],)], len)
+        assert course.use("wrap", len) is len
 
     def test_guesses_are_numbers_and_end_in_a_table(self, course, capsys, monkeypatch):
         shown = []
         monkeypatch.setattr(course, "display", lambda markdown: shown.append(markdown.data))
         course.table_of_guesses()
         assert "No guesses yet" in capsys.readouterr().out
-        course.guess("share", 0.5)
+        course.guess("share", np.float64(0.5))
+        course.table_of_guesses()
+        assert "None of your guesses has been measured" in capsys.readouterr().out
         course.guess("letters", 100)
         course.guess("nothing")
+        course.guess("a word", "ten")
+        course.guess("endless", math.inf)
+        course.guess("huge", 10**400)
         course.guess("a word", "ten")
         assert capsys.readouterr().out.splitlines()[-1] == "a word? no guess yet"
         course.measured("share", 0.1, within=0.1)

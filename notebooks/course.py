@@ -43,6 +43,8 @@ from rmt import generate, unroll  # noqa: E402
 FAST = os.environ.get("RMT_FAST") == "1"
 SEED = int(os.environ.get("RMT_SEED", "0"))
 torch.set_num_threads(1)  # models this small are fastest with one
+if FAST:
+    print("Quick run: figures and numbers are not those of the course.")
 START = sum(os.times()[:4])  # CPU seconds of this process and those that it has started
 
 # ==================================================================================================
@@ -62,9 +64,16 @@ GUESSES = {}  # question: Guess
 
 def guess(question, value=None):
     """Write down a number that you expect, before you see it. None means no guess."""
-    if value is not None and type(value) not in (int, float):
-        print(f"{question}: {value!r} is no number, and your guess must be one, or None")
-        value = None
+    if value is not None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            print(f"{question}: your guess must be a number or None, and {shown(value)} is neither")
+            value = None
+        else:
+            value = number
     GUESSES[question] = Guess(value)
     print(f"{question}? " + ("no guess yet" if value is None else f"you say {short(value)}"))
 
@@ -99,7 +108,9 @@ def table_of_guesses():
             made.append((mine.error, question))
     display(Markdown("\n".join(rows)))
     if not made:
-        print("No guesses yet. A guess that you wrote down before you looked teaches more than one "
+        guessed = any(mine.value is not None for mine in GUESSES.values())
+        print("None of your guesses has been measured yet." if guessed else
+              "No guesses yet. A guess that you wrote down before you looked teaches more than one "
               "that was right.")
         return
     error, surprise = max(made)
@@ -143,17 +154,20 @@ def check(name, function, inputs, spec=None, judge=None, meaning=""):
     verdict = f"OK. {meaning}"
     for arguments in inputs:
         call = f"{name}({', '.join(map(shown, arguments))})"
+        given = [copied(argument) for argument in arguments]
         try:
-            found = function(*map(copied, arguments))
-            if found is None:
-                complaint = "is None"
-            elif judge is not None:
-                complaint = judge(found, *arguments)
-            else:
-                complaint = difference(found, spec(*arguments))
+            found = function(*given)
+            complaint = "is None" if found is None else None
         except Exception as reason:
-            first_line = str(reason).split("\n")[0]
-            complaint = f"ends with {type(reason).__name__}: {first_line}"
+            complaint = f"ends with {said_by(reason)}"
+        if complaint is None and not all(map(same, given, arguments)):
+            complaint = "changes what it was given: work on a copy"
+        if complaint is None:
+            try:
+                complaint = (judge(found, *arguments) if judge is not None else
+                             difference(found, spec(*arguments)))
+            except Exception as reason:
+                complaint = f"is {shown(found)}, and trying that ends with {said_by(reason)}"
         if complaint is not None:
             verdict = f"not yet. {call} {complaint}"
             if complaint == "is None" and arguments is inputs[0]:
@@ -163,13 +177,24 @@ def check(name, function, inputs, spec=None, judge=None, meaning=""):
     print(f"{name}: {verdict}")
 
 
+def said_by(reason):
+    """An exception in one line."""
+    first_line = str(reason).split("\n")[0]
+    return f"{type(reason).__name__}: {first_line}".removesuffix(": ")
+
+
 def copied(value):
-    """A copy of an argument, so that an exercise may change it."""
+    """A copy of a tensor, and anything else as it is."""
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
+def same(value, other):
+    """Whether a tensor is what it was."""
+    return not isinstance(value, torch.Tensor) or torch.equal(value, other)
+
+
 def shown(value):
-    """An argument as a verdict shows it."""
+    """A value as a verdict shows it, in at most 80 characters."""
     if isinstance(value, torch.Tensor):
         if value.numel() <= 16:
             return str(value.tolist())
@@ -178,30 +203,49 @@ def shown(value):
         return type(value).__name__
     if is_dataclass(value):
         return f"{type(value).__name__}(...)"
-    return repr(value)
+    words = repr(value)
+    return words if len(words) <= 80 else f"{words[:76]} ..."
 
 
 def difference(found, expected):
     """What is wrong with an answer, in words that do not tell the right one; None if nothing is."""
-    if not isinstance(expected, torch.Tensor):
-        if hasattr(found, "tolist"):  # tensors and arrays: their numbers
-            found = found.item() if math.prod(found.shape) == 1 else found.tolist()
-        right = found == expected
-        if type(expected) is float and type(found) in (int, float):
-            right = math.isclose(found, expected, rel_tol=1e-6)
-        return None if right else f"is not {shown(found)}"
+    if isinstance(expected, torch.Tensor):
+        return tensor_difference(found, expected)
+    if hasattr(found, "tolist"):  # a tensor or an array: its numbers
+        one_number = math.prod(found.shape) == 1 and not isinstance(expected, list)
+        found = found.item() if one_number else found.tolist()
+    if isinstance(expected, list) and not isinstance(found, list):
+        return f"must be a list, and is of type {type(found).__name__}"
+    right = found == expected
+    if type(expected) is float and type(found) in (int, float):
+        right = math.isclose(found, expected, rel_tol=1e-6)
+    return None if right else f"is not {shown(found)}"
+
+
+def tensor_difference(found, expected):
+    """The same for tensors."""
     if not isinstance(found, torch.Tensor):
-        return f"must be a tensor, and is a {type(found).__name__}"
+        return f"must be a tensor, and is of type {type(found).__name__}"
     if found.shape != expected.shape:
         return f"must have the shape {tuple(expected.shape)}, and has {tuple(found.shape)}"
-    if expected.dtype == torch.bool:
-        wrong = found.bool() != expected
-    else:
-        wrong = ~torch.isclose(found.to(expected.dtype), expected, rtol=1e-5, atol=1e-8)
+    truth_values = expected.dtype == torch.bool
+    if truth_values != (found.dtype == torch.bool):
+        kind = "True and False (torch.bool)" if truth_values else "numbers"
+        return f"must hold {kind}, and holds {found.dtype}"
+    if not expected.is_floating_point() and found.is_floating_point():
+        return f"must hold whole numbers ({expected.dtype}), and holds {found.dtype}"
+    wrong = ~torch.isclose(found.double(), expected.double(), rtol=1e-5, atol=1e-8)
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
         return f"is wrong at {where}; {wrong.sum()} of {wrong.numel()} entries are"
     return None
+
+
+class NotYet(Exception):
+    """An exercise that the cells below need; a notebook shows the advice, and no traceback."""
+
+    def _render_traceback_(self):
+        return [str(self)]
 
 
 def use(name, function):
@@ -212,9 +256,19 @@ def use(name, function):
         import solutions
     except ImportError:
         advice = f"The cells from here on need {name}: solve that exercise first."
-        raise SystemExit(advice) from None
+        raise NotYet(advice) from None
     print(f"{name} comes from solutions.py until yours is OK")
     return getattr(solutions, name)
+
+
+def by_recursion(model, tokens):
+    """What forward must give in notebook 2: the logits of all pages, and the cards after them."""
+    pages = tokens.split(model.T, dim=1)
+    if len(pages) == 1:
+        return model.step(pages[0], model.memory.expand(len(tokens), -1, -1))
+    logits, memory = by_recursion(model, tokens[:, :-pages[-1].size(1)])
+    last, memory = model.step(pages[-1], memory)
+    return torch.cat([logits, last], dim=1), memory
 
 
 def count_lines(*things):

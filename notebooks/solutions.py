@@ -78,7 +78,7 @@ def mask(M, n):
 
 
 def mask_wrong(M, n):
-    """The plain triangle: but read rows see each other, and so do write rows."""
+    """The plain triangle: right for one card, but of two cards each sees the other."""
     return torch.ones(M + n + M, M + n + M).tril().bool()
 
 
@@ -123,12 +123,11 @@ def leaks_wrong(model):
 SAYS.update({
     "wrap": "not yet. wrap([[[0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]) must have the shape "
             "(1, 4, 2), and has (1, 3, 2)",
-    "mask": "not yet. mask(1, 2) is wrong at [0, 1]; 1 of 16 entries are",
+    "mask": "not yet. mask(2, 3) is wrong at [0, 1]; 2 of 49 entries are",
     "forward": "not yet. forward(MyRMT, [[0, 1, 2, 3, 4, 5]]) lets no gradient through from the "
                "last page to the first",
     "leaks": "not yet. leaks(ReadRowsPeek) is not False",
 })
-
 
 # ==================================================================================================
 # 3 · Training through time
@@ -260,7 +259,6 @@ SAYS.update({
     "erase": "not yet. erase(a tensor (200, 384), 5) makes her forget other letters too",
 })
 
-
 # ==================================================================================================
 # 5 · Language
 
@@ -302,55 +300,61 @@ SAYS.update({
 })
 
 # ==================================================================================================
-# 8 · Transplant
+# 6 · Relatives
 
 
-def new_numbers(M, D):
-    """The initial memory and the write embedding, (M, D) each."""
-    return 2 * M * D
+def write(A, k, v, beta):
+    """What is missing, v - A k, goes under the key k."""
+    # Read under k again: A k + beta (v - A k) (k . k), and k . k is 1. At right angles to k, k . q
+    # is 0, and nothing moves.
+    return A + beta * torch.outer(v - A @ k, k)
 
 
-def new_numbers_wrong(M, D):
-    """Query, key, value and output weights for the cards: but they share those of the letters."""
-    return 2 * M * D + 4 * D * D
+def write_wrong(A, k, v, beta):
+    """The plain sum: right in an empty cabinet, but later the old value is still in the drawer."""
+    return A + beta * torch.outer(v, k)
 
 
-def transplant(old, config):
-    """Copy what has the same name and shape; the memory of the old model has no rows."""
-    new = RMT(config)
-    weights = new.state_dict()
-    for name, weight in old.state_dict().items():
-        if name in weights and weights[name].shape == weight.shape:
-            weights[name] = weight
-    new.load_state_dict(weights)
-    return new
+def xl_segments(n_layer, cache_len, segment_len):
+    """Each layer reaches back over all segments that its cache touches."""
+    # A cached line has seen its segment from the start, so the next layer begins to count there.
+    return n_layer * -(-cache_len // segment_len)
 
 
-def transplant_wrong(old, config):
-    """The layers alone: but embedding, norm and head are his, too."""
-    new = RMT(config)
-    new.backbone.load_state_dict(old.backbone.state_dict())
-    return new
+def xl_segments_wrong(n_layer, cache_len, segment_len):
+    """Caches add up token by token: but each of them starts at the beginning of a segment."""
+    return -(-n_layer * cache_len // segment_len)
 
 
-def only_cards(model):
-    """Two names of all parameters."""
-    for name, weight in model.named_parameters():
-        weight.requires_grad = name in ("memory", "write_embedding")
-    return model
+def diagonal(S, L):
+    """Layer l works on segment s in step l + s: both that it needs were done the step before."""
+    return [[(layer, step - layer) for layer in range(L) if 0 <= step - layer < S]
+            for step in range(S + L - 1)]
 
 
-def only_cards_wrong(model):
-    """The layers are frozen: but embedding, norm and head are not cards."""
-    model.backbone.requires_grad_(False)
-    return model
+def diagonal_wrong(S, L):
+    """All layers of a segment at once: but a layer needs the rows of the layer below."""
+    return [[(layer, segment) for layer in range(L)] for segment in range(S)]
+
+
+def my_variant():
+    """Cards and cabinets: the paper's mask, and the layer of ARMT."""
+    # Cards go over the top because the row is recurrent, cabinets stay inside the layers, and the
+    # write rows serve both.
+    return Variant(True, True, True, "paper", AssociativeBlock)  # noqa: F821
+
+
+def my_variant_wrong():
+    """The mask "full", so that the write rows see everything: but so do the tokens."""
+    return Variant(True, True, True, "full", AssociativeBlock)  # noqa: F821
 
 
 SAYS.update({
-    "new_numbers": "not yet. new_numbers(1, 4) is not 72",
-    "transplant": "not yet. transplant(RMT, Config(...)) has another embed.weight than the old "
-                  "model",
-    "only_cards": "not yet. only_cards(RMT) lets 5 tensors learn, the embedding of characters too",
+    "write": "not yet. write([[5.0, 0.0], [0.0, 5.0], [0.0, 0.0]], [0.6, 0.8], [1.0, 2.0, 3.0], "
+             "1.0) says [4.0, 6.0, 3.0] about the key just written",
+    "xl_segments": "not yet. xl_segments(3, 2, 4) is not 2",
+    "diagonal": "not yet. diagonal(1, 2) runs (1, 0) when (0, 0) is not done",
+    "my_variant": "not yet. my_variant() lets an output before token 1 see it",
 })
 
 # ==================================================================================================
@@ -410,67 +414,60 @@ SAYS.update({
     "bits": "not yet. bits(2, 10) is not 8",
     "survives": "not yet. survives(0.1, 2) is not 0.81",
     "accept": "not yet. accept({'new': [0.7, 0.99, 0.98], 'control': [0.66, 0.71, 0.6], 'floats': "
-              "(64, 64), 'steps': (700, 700)}) is not True",
+              "(64, 64), ...) is not True",
     "my_config": "not yet. my_config() scores 100,800 with 11 tokens on pages of 8",
 })
 
-
 # ==================================================================================================
-# 6 · Relatives
+# 8 · Transplant
 
 
-def write(A, k, v, beta):
-    """What is missing, v - A k, goes under the key k."""
-    # Read under k again: A k + beta (v - A k) (k . k), and k . k is 1. At right angles to k, k . q
-    # is 0, and nothing moves.
-    return A + beta * torch.outer(v - A @ k, k)
+def new_numbers(M, D):
+    """The initial memory and the write embedding, (M, D) each."""
+    return 2 * M * D
 
 
-def write_wrong(A, k, v, beta):
-    """The plain sum: right in an empty cabinet, but later the old value is still in the drawer."""
-    return A + beta * torch.outer(v, k)
+def new_numbers_wrong(M, D):
+    """Query, key, value and output weights for the cards: but they share those of the letters."""
+    return 2 * M * D + 4 * D * D
 
 
-def xl_segments(n_layer, cache_len, segment_len):
-    """Each layer reaches back over all segments that its cache touches."""
-    # A cached line has seen its segment from the start, so the next layer begins to count there.
-    return n_layer * -(-cache_len // segment_len)
+def transplant(old, config):
+    """Copy what has the same name and shape; the memory of the old model has no rows."""
+    new = RMT(config)
+    weights = new.state_dict()
+    for name, weight in old.state_dict().items():
+        if name in weights and weights[name].shape == weight.shape:
+            weights[name] = weight
+    new.load_state_dict(weights)
+    return new
 
 
-def xl_segments_wrong(n_layer, cache_len, segment_len):
-    """Caches add up token by token: but each of them starts at the beginning of a segment."""
-    return -(-n_layer * cache_len // segment_len)
+def transplant_wrong(old, config):
+    """The layers alone: but embedding, norm and head are his, too."""
+    new = RMT(config)
+    new.backbone.load_state_dict(old.backbone.state_dict())
+    return new
 
 
-def diagonal(S, L):
-    """Layer l works on segment s in step l + s: both that it needs were done the step before."""
-    return [[(layer, step - layer) for layer in range(L) if 0 <= step - layer < S]
-            for step in range(S + L - 1)]
+def only_cards(model):
+    """Two names of all parameters."""
+    for name, weight in model.named_parameters():
+        weight.requires_grad = name in ("memory", "write_embedding")
+    return model
 
 
-def diagonal_wrong(S, L):
-    """All layers of a segment at once: but a layer needs the rows of the layer below."""
-    return [[(layer, segment) for layer in range(L)] for segment in range(S)]
-
-
-def my_variant():
-    """Cards and cabinets: the paper's mask, and the layer of ARMT."""
-    # Cards go over the top because the row is recurrent, cabinets stay inside the layers, and the
-    # write rows serve both.
-    return Variant(True, True, True, "paper", AssociativeBlock)  # noqa: F821
-
-
-def my_variant_wrong():
-    """The mask "full", so that the write rows see everything: but so do the tokens."""
-    return Variant(True, True, True, "full", AssociativeBlock)  # noqa: F821
+def only_cards_wrong(model):
+    """The layers are frozen: but embedding, norm and head are not cards."""
+    model.backbone.requires_grad_(False)
+    return model
 
 
 SAYS.update({
-    "write": "not yet. write([[5.0, 0.0], [0.0, 5.0], [0.0, 0.0]], [0.6, 0.8], [1.0, 2.0, 3.0], "
-             "1.0) says [4.0, 6.0, 3.0] about the key just written",
-    "xl_segments": "not yet. xl_segments(3, 2, 4) is not 2",
-    "diagonal": "not yet. diagonal(1, 2) runs (1, 0) when (0, 0) is not done",
-    "my_variant": "not yet. my_variant() lets an output before token 1 see it",
+    "new_numbers": "not yet. new_numbers(1, 4) is not 72",
+    "transplant": "not yet. transplant(RMT, Config(...)) lacks the old model's embed.weight",
+    "only_cards": "not yet. only_cards(RMT) lets these learn: embed.weight, head.weight, memory, "
+                  "norm.weight, write_embedding",
 })
 
 # ==================================================================================================
