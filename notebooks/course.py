@@ -86,7 +86,7 @@ def measured(question, found, within=None, factor=None):
     if mine.value is not None:
         said = f"you said {short(mine.value)}"
         mine.error = abs(mine.value - found) / (within or 1)
-        if factor is not None and mine.value > 0:
+        if factor is not None and mine.value > 0 and found > 0:
             mine.error = abs(math.log(mine.value / found)) / math.log(factor)
     print(f"{question}: measured {short(found)}, {said}")
 
