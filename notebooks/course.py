@@ -658,7 +658,7 @@ def write_student_copy(folder, repo=None):
                 cell["outputs"], cell["execution_count"] = [], None
         content = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
         write(folder / "notebooks" / path.name, content)
-    for name in ("notebooks/course.py", "rmt.py", "train_lm.py", "LICENSE"):
+    for name in ("notebooks/course.py", "rmt.py", "train_copy.py", "train_lm.py", "LICENSE"):
         write(folder / name, (HERE.parent / name).read_text(encoding="utf-8"))
 
 
