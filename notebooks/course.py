@@ -153,28 +153,34 @@ def check(name, function, inputs, spec=None, judge=None, meaning=""):
     """
     verdict = f"OK. {meaning}"
     for arguments in inputs:
-        call = f"{name}({', '.join(map(shown, arguments))})"
-        given = [copied(argument) for argument in arguments]
-        try:
-            found = function(*given)
-            complaint = "is None" if found is None else None
-        except Exception as reason:
-            complaint = f"ends with {said_by(reason)}"
-        if complaint is None and not all(map(same, given, arguments)):
-            complaint = "changes what it was given: work on a copy"
-        if complaint is None:
-            try:
-                complaint = (judge(found, *arguments) if judge is not None else
-                             difference(found, spec(*arguments)))
-            except Exception as reason:
-                complaint = f"is {shown(found)}, and trying that ends with {said_by(reason)}"
+        complaint = complaint_about(function, arguments, spec, judge)
         if complaint is not None:
+            call = f"{name}({', '.join(map(shown, arguments))})"
             verdict = f"not yet. {call} {complaint}"
             if complaint == "is None" and arguments is inputs[0]:
                 verdict = "TODO"
             break
     VERDICTS[name] = verdict
     print(f"{name}: {verdict}")
+
+
+def complaint_about(function, arguments, spec, judge):
+    """What is wrong with an exercise on one input of its check; None if nothing is."""
+    given = [copied(argument) for argument in arguments]
+    try:
+        found = function(*given)
+    except Exception as reason:
+        return f"ends with {said_by(reason)}"
+    if found is None:
+        return "is None"
+    if not all(map(same, given, arguments)):
+        return "changes what it was given: work on a copy"
+    try:
+        if judge is not None:
+            return judge(found, *arguments)
+        return difference(found, spec(*arguments))
+    except Exception as reason:
+        return f"is {shown(found)}, and trying that ends with {said_by(reason)}"
 
 
 def said_by(reason):
