@@ -28,6 +28,7 @@ import shutil
 import sys
 import tempfile
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -1037,14 +1038,20 @@ def draw_attention(folder):
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def run_notebook(path, folder):
-    """Run a notebook, which keeps its figures in a folder: 1.svg, 1.png, 1.txt and so on."""
+@contextmanager
+def figures_of(path):
+    """Run a notebook, and give the folder in which it has kept its figures: 1.svg, 1.png, 1.txt."""
     from nbclient import NotebookClient  # not among what rmt needs to run
     from nbformat import read
 
-    os.environ["RMT_FIGURES"] = str(folder)
     here = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(read(path, 4), timeout=900, resources=here).execute()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["RMT_FIGURES"] = folder
+        try:
+            NotebookClient(read(path, 4), timeout=900, resources=here).execute()
+        finally:
+            del os.environ["RMT_FIGURES"]
+        yield Path(folder)
 
 
 def draw_notebooks(paths, folder):
@@ -1052,22 +1059,19 @@ def draw_notebooks(paths, folder):
     lines = ["# Figures of the course", ""]
     for path in paths:
         print(f"running {path.name}", flush=True)
-        with tempfile.TemporaryDirectory() as kept:
-            run_notebook(path, kept)
-            for number in range(1, len(list(Path(kept).glob("*.txt"))) + 1):
+        with figures_of(path) as kept:
+            for number in range(1, len(list(kept.glob("*.txt"))) + 1):
                 name = f"{path.stem}-{number}.png"
-                shutil.copy(Path(kept, f"{number}.png"), folder / name)
-                caption = Path(kept, f"{number}.txt").read_text(encoding="utf-8")
+                shutil.copy(kept / f"{number}.png", folder / name)
+                caption = (kept / f"{number}.txt").read_text(encoding="utf-8")
                 lines += [f"## {name}", "", f"![{caption}]({name})", "", caption, ""]
     write_text(folder / "captions.md", "\n".join(lines))
 
 
 def draw_film(folder):
     """film.svg: the first figure of notebook 4."""
-    (path,) = [path for path in NOTEBOOKS if path.stem == "4_looking_inside"]
-    with tempfile.TemporaryDirectory() as kept:
-        run_notebook(path, kept)
-        shutil.copy(Path(kept, "1.svg"), folder / "film.svg")
+    with figures_of(ROOT / "notebooks" / "4_looking_inside.ipynb") as kept:
+        shutil.copy(kept / "1.svg", folder / "film.svg")
 
 
 # ==================================================================================================
