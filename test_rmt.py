@@ -2685,6 +2685,52 @@ def test_the_readme_is_true():
     assert unroll(names["model"], torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 50257)
 
 
+@pytest.mark.parametrize("name", ["rmt", "rmt_xl", "transformer_xl"])
+def test_bits_by_the_age_of_the_state_equal_a_loop_over_one_stream_at_a_time(name, monkeypatch):
+    monkeypatch.setattr(figures, "FROZEN", [0, 1, 4])
+    monkeypatch.setattr(figures, "HISTORY", [0, 1, 3])
+    monkeypatch.setattr(figures, "N_STREAMS", 2)
+    model = build(name)
+    part = text(2 * 8 * T + 3, batch_size=1)[0]
+    found = figures.bits_by_age(model, part)
+    nats = {"frozen": {0: 0.0, 1: 0.0, 4: 0.0}, "history": {0: 0.0, 1: 0.0, 3: 0.0}}
+    length = (len(part) - 1) // 2
+    assert found["characters"] == 2 * 4 * T  # of each stream, the segments 4 .. 7
+    for first in (0, length):
+        for s in range(4, 8):
+            end = first + s * T
+            for kind, total in nats.items():
+                for n in total:
+                    state = None  # seen: all until n segments ago, or nothing but the last n
+                    start, stop = (first, end - n * T) if kind == "frozen" else (end - n * T, end)
+                    if start < stop:
+                        _, state = unroll(model, part[None, start:stop])
+                    logits, _ = model(part[None, end:end + T], state)
+                    total[n] += F.cross_entropy(logits[0], part[end + 1:end + T + 1]).item() / 8
+    for kind, total in nats.items():
+        for n, mean in total.items():
+            assert found[kind][n] == pytest.approx(mean / math.log(2), rel=1e-9)
+    with pytest.raises(SystemExit, match="has 4 segments in each of 2 streams, and must have more"):
+        figures.bits_by_age(model, part[:2 * 4 * T + 3])
+
+
+def test_ages_are_recorded_from_the_folders_of_runs(run_here, monkeypatch):
+    monkeypatch.setattr(figures, "FROZEN", [0, 1])
+    monkeypatch.setattr(figures, "HISTORY", [0, 1])
+    run_here(train_lm, f"{LANGUAGE} --baseline none --steps 2 --out a")
+    work = figures.parse(["--results", ".", "ages", "a"])
+    figures.main(work)
+    (run,), = figures.read_records(Path(".")).values()
+    assert run["command"].startswith("python train_lm.py")
+    assert run["flags"]["model"] == "rmt"
+    ages = figures.result(run)
+    assert ages["frozen"]["0"] > 0
+    assert ages["history"]["1"] > 0
+    Path("a.txt").write_text("another text" * 1000, encoding="utf-8")
+    with pytest.raises(SystemExit, match="a was trained on another text than the"):
+        figures.main(work)
+
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -14,14 +14,18 @@
     python assets/figures.py gather NAME FILE... [--commit HASH]
         Put results of the scripts into one record, assets/results/NAME.json. The commit is noted in
         every run, for those that a script of an earlier commit has made.
+    python assets/figures.py ages FOLDER...
+        Find out how far back models use their state, from the folders of finished runs of
+        train_lm.py, and put it into the record assets/results/ages.json.
 
 A record is a list of runs: command, seed, date, versions, hardware, flags and results, as a script
 writes them to result.json. A figure or table whose record is missing is left as it is.
 
-It reads from top to bottom: records, tables, how figures look, figures, main.
+It reads from top to bottom: records, ages, tables, how figures look, figures, main.
 """
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -36,11 +40,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_copy  # noqa: E402
+import train_lm  # noqa: E402
 from rmt import RMT, VARIANTS, Config  # noqa: E402
 
 ASSETS = ROOT / "assets"
@@ -58,17 +64,28 @@ DEFAULTS = {field.name: field.default for field in fields(Config)}
 
 
 def gather(name, paths, commit=None, folder=RESULTS):
-    """Write folder/NAME.json: a line for every run, its numbers to six digits."""
-    lines = []
+    """Write folder/NAME.json from what the scripts wrote to some files."""
+    runs = []
     for path in sorted(paths):
-        run = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=six_digits)
-        flags = run["flags"]
-        flags.update(flags.pop("config", {}))
-        run["flags"] = {flag: value for flag, value in flags.items() if flag not in NO_SETTING}
+        run = read_result(path)
         if commit is not None:
             run["commit"] = commit
-        lines.append(json.dumps(run))
-    text = ",\n".join(lines)
+        runs.append(run)
+    write_record(name, runs, folder)
+
+
+def read_result(path):
+    """A result.json, its numbers to six digits, with the flags that change a result."""
+    run = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=six_digits)
+    flags = run["flags"]
+    flags.update(flags.pop("config", {}))
+    run["flags"] = {flag: value for flag, value in flags.items() if flag not in NO_SETTING}
+    return run
+
+
+def write_record(name, runs, folder=RESULTS):
+    """Write folder/NAME.json: a line for every run."""
+    text = ",\n".join(json.dumps(run) for run in runs)
     write_text(folder / f"{name}.json", f"[\n{text}\n]\n")
 
 
@@ -123,6 +140,81 @@ def at_length(runs, segments, how="teacher_forced"):
 
 
 RESET = "its initial state at every boundary"  # a control of train_copy.py
+
+
+# ==================================================================================================
+# Ages: how far back a language model uses its state
+#
+#     frozen     bits per character with the true state of some segments ago
+#     history    bits per character with a state that began some segments ago, from the initial one
+
+FROZEN = [0, *(2**i for i in range(11))]   # segments: 0, 1, 2, 4, ... 1,024
+HISTORY = [0, *(2**i for i in range(6))]   # segments: 0, 1, 2, 4, ... 32
+N_STREAMS = 16                             # side by side through the test part
+
+
+def measure_ages(folders, to=RESULTS):
+    """Write the record ages.json from the folders of finished runs of train_lm.py."""
+    runs = []
+    for folder in folders:
+        run = read_result(folder / "result.json")
+        saved = train_lm.load(folder)
+        args = Namespace(**saved["settings"])
+        args.device = "cpu"
+        text = train_lm.Text(train_lm.read(args.data))
+        if text.sha256 != saved["sha256"]:
+            sys.exit(f"figures.py: error: {folder} was trained on another text than the "
+                     f"{' '.join(args.data)} of today, of sha256 {saved['sha256']}")
+        model = train_lm.build(args, args.model, len(text.vocabulary))
+        model.load_state_dict(saved["runs"][args.model]["model"])
+        run["results"] = {args.model: bits_by_age(model.eval(), text.test)}
+        runs.append(run)
+    write_record("ages", runs, to)
+
+
+@torch.no_grad()
+def bits_by_age(model, part):
+    """Bits per character of a part of a text: {"frozen": {age: bits}, "history": {length: bits}}.
+
+    All are of the same characters, the full segments after the first 1,024 of each stream.
+    """
+    T = model.config.segment_len
+    rows = train_lm.streams(part, N_STREAMS)
+    n_segments = (rows.size(1) - 1) // T
+    first = max(FROZEN)
+    if n_segments <= first:
+        sys.exit(f"figures.py: error: the test part has {n_segments} segments in each of "
+                 f"{N_STREAMS} streams, and must have more than {first}: take a longer text")
+    inputs = rows[:, :n_segments * T].split(T, dim=1)
+    targets = rows[:, 1:n_segments * T + 1].split(T, dim=1)
+
+    states = [model.initial_state(N_STREAMS)]  # before every segment
+    for segment in inputs[:-1]:
+        _, state = model(segment, states[-1])
+        states.append(state)
+    scored = range(first, n_segments)
+
+    def bits(segments, state):
+        """Bits per character of some segments, side by side, after this state."""
+        logits, _ = model(torch.cat([inputs[s] for s in segments]), state)
+        target = torch.cat([targets[s] for s in segments]).flatten().long()
+        return F.cross_entropy(logits.flatten(0, 1), target).item() / math.log(2)
+
+    def after(length):
+        """The state after the `length` segments before each of the scored ones, side by side."""
+        state = model.initial_state(len(scored) * N_STREAMS)
+        for back in range(length, 0, -1):
+            _, state = model(torch.cat([inputs[s - back] for s in scored]), state)
+        return state
+
+    frozen = {}
+    for age in FROZEN:
+        frozen[age] = sum(bits([s], states[s - age]) for s in scored) / len(scored)
+    return {
+        "frozen": frozen,
+        "history": {length: bits(scored, after(length)) for length in HISTORY},
+        "characters": len(scored) * N_STREAMS * T,
+    }
 
 
 # ==================================================================================================
@@ -403,6 +495,31 @@ FAMILY = {  # what the table of the Memory Transformer's forms calls a model, an
 }
 
 
+PAPERS_FORM = {"memory_form": "norm", "write_slot": "memory"}
+AGES = {  # the models whose state is followed back
+    "`transformer_xl`, C 4": {"model": "transformer_xl", "cache_len": 4},
+    "`rmt`": {"model": "rmt", "memory_form": "raw", "write_slot": "embedding"},
+    "`rmt`, memory as in the paper": {"model": "rmt", **PAPERS_FORM},
+}
+
+
+def ages(runs, kind):
+    """Bits of every seed, {segments: bits}, of a kind, "frozen" or "history"."""
+    return [{int(n): bits for n, bits in result(run)[kind].items()} for run in runs]
+
+
+def ages_table(records):
+    """Bits per character over the length of a history and over the age of a state."""
+    histories, frozen = (0, 1, 2, 4, 32), (1, 16, 1024)
+    yield from header("model", "began now", *[f"{n} ago" for n in histories[1:]],
+                      *[f"frozen {n} ago" for n in frozen])
+    for name, flags in AGES.items():
+        runs = find(records["ages"], **flags)
+        cells = [spread([seed[n] for seed in ages(runs, "history")]) for n in histories]
+        cells += [spread([seed[n] for seed in ages(runs, "frozen")]) for n in frozen]
+        yield row(name, *cells)
+
+
 def family(records, name, script):
     """The runs of one model of FAMILY by train_copy.py or train_lm.py."""
     runs = find(records["family"], **FAMILY[name])
@@ -533,6 +650,7 @@ TABLES = {  # name in the READMEs: the function, and the records that it needs
     "language-others": (language_others_table, ["language"]),
     "language-depth": (language_depth_table, ["language_tried"]),
     "language-tried": (language_tried_table, ["language", "language_tried"]),
+    "ages": (ages_table, ["ages"]),
     "family": (family_table, ["family"]),
     "speed": (speed_table, ["speed"]),
     "diagonal": (diagonal_table, ["speed"]),
@@ -597,6 +715,7 @@ MODELS = {
     "transformer_xl": (GREEN, "D", "--"),
     "rmt": (BLUE, "o", "-"),
     "rmt, as large": (BLUE, "d", ":"),
+    "rmt, memory as in the paper": (BLUE, "d", ":"),
     "rmt_xl": (PURPLE, "s", "-."),
     "armt": (VERMILION, "^", "-"),
     "armt, armt": (VERMILION, "v", "--"),
@@ -942,6 +1061,29 @@ def draw_language(records):
     return figure
 
 
+def draw_ages(records):
+    """What a state is worth over the length of its history, and over its age."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.8), sharey=True,
+                                         layout="constrained")
+    for name, flags in AGES.items():
+        runs = find(records["ages"], **flags)
+        history = ages(runs, "history")
+        label = name.replace("`", "")
+        plot_seeds(left, look(name), history, label)
+        plot_seeds(right, look(name), ages(runs, "frozen"), label)
+        without = np.mean([seed[0] for seed in history])
+        right.axhline(without, color=look(name)[0], linestyle=(0, (1, 2)), linewidth=1.5)
+    left.set(title="A state that began some segments ago", ylabel="bits per character",
+             xlabel="segments that it has seen")
+    right.set(title="The state of some segments ago", xlabel="its age, segments")
+    for axis, ticks in ((left, HISTORY), (right, FROZEN[:2] + FROZEN[3::2])):
+        axis.set_xscale("symlog", base=2, linthresh=1)  # which has a place for 0
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_xticks([], minor=True)
+    legend_below(figure, left, 3)
+    return figure
+
+
 def draw_family(records):
     """Bits per character by position in the segment, and what a reset of the memory costs there."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.8), layout="constrained")
@@ -1010,6 +1152,7 @@ FIGURES = {  # name: the function, and the records that it needs
     "length": (draw_length, ["length"]),
     "curriculum": (draw_curriculum, ["copying", "curriculum"]),
     "language": (draw_language, ["language"]),
+    "ages": (draw_ages, ["ages"]),
     "family": (draw_family, ["family"]),
     "associative": (draw_associative, ["associative"]),
 }
@@ -1094,6 +1237,8 @@ def parse(argv):
     attention = commands.add_parser("attention", help="draw attention.svg from a run's folder")
     attention.add_argument("folder", type=Path)
     commands.add_parser("film", help="draw film.svg, as notebook 4 does")
+    ages = commands.add_parser("ages", help="how far back runs of train_lm.py use their state")
+    ages.add_argument("folders", type=Path, nargs="+")
     gathering = commands.add_parser("gather", help="put results into one record")
     gathering.add_argument("name")
     gathering.add_argument("files", type=Path, nargs="+")
@@ -1105,6 +1250,9 @@ def main(args):
     """Gather, or draw and fill in."""
     if args.work == "gather":
         gather(args.name, args.files, args.commit, args.results)
+        return
+    if args.work == "ages":
+        measure_ages(args.folders, args.results)
         return
     plt.switch_backend("Agg")
     plt.rcParams.update(STYLE)
