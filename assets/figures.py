@@ -466,6 +466,18 @@ def language_others_table(records):
         yield row(name, *(spread(bits(seeds)) for seeds in runs))
 
 
+def language_first_table(records):
+    """Bits of the first characters of a segment, after the default training and four times it."""
+    places = {"1st": slice(1), "2nd": slice(1, 2), "3rd": slice(2, 3), "4th": slice(3, 4),
+              "5 to 8": slice(4, 8), "9 to 32": slice(8, 32)}
+    yield from header("model, steps", *places)
+    for steps in (1500, 6000):
+        for name in BESIDE:
+            runs = language(records, **LANGUAGE[name] | {"steps": steps})
+            cells = [spread(bits(runs, places=place), 2) for place in places.values()]
+            yield row(f"{name}, {steps:,}", *cells)
+
+
 def language_depth_table(records):
     """How many boundaries gradient crosses in training."""
     yield from header("`bptt_depth`", "all", "first 8", "the rest")
@@ -495,7 +507,36 @@ FAMILY = {  # what the table of the Memory Transformer's forms calls a model, an
 }
 
 
-PAPERS_FORM = {"memory_form": "norm", "write_slot": "memory"}
+FORMS = {  # of memory, and the fields of Config that choose it
+    "as in the paper": {"memory_form": "norm", "write_slot": "memory"},
+    "normed, an\nembedding added": {"memory_form": "norm", "write_slot": "both"},
+    "raw, the\nembedding alone": {"memory_form": "raw", "write_slot": "embedding"},
+}
+
+
+def by_form(records, form):
+    """What the seeds of one form reach, {task: [score, ...]}."""
+    runs = [run for name in ("forms", "copying", "length") for run in records[name]]
+    copy = find(runs, task="copy", model="rmt", **form)
+    memorize = find(runs, task="memorize", memory_noise=1.0, **form)
+    language = [run for name in ("forms", "language") for run in records[name]]
+    flags = RECIPE | form
+    return {
+        "copy": at_length(copy, 9),
+        "memorize": at_length(memorize, 4096),
+        "language": [result(run)["carried"]["bpc"] for run in find(language, **flags)],
+    }
+
+
+def forms_table(records):
+    """Every form of memory on three tasks."""
+    yield from header("memory", "copy, 9 segments", "memorize, 4,096 segments",
+                      "language, bits per character")
+    for name, form in FORMS.items():
+        yield row(name.replace("\n", " "), *map(spread, by_form(records, form).values()))
+
+
+PAPERS_FORM = FORMS["as in the paper"]
 AGES = {  # the models whose state is followed back
     "`transformer_xl`, C 4": {"model": "transformer_xl", "cache_len": 4},
     "`rmt`": {"model": "rmt", "memory_form": "raw", "write_slot": "embedding"},
@@ -648,8 +689,10 @@ TABLES = {  # name in the READMEs: the function, and the records that it needs
     "remember": (remember_table, ["associative"]),
     "language": (language_table, ["language"]),
     "language-others": (language_others_table, ["language"]),
+    "language-first": (language_first_table, ["language"]),
     "language-depth": (language_depth_table, ["language_tried"]),
     "language-tried": (language_tried_table, ["language", "language_tried"]),
+    "forms": (forms_table, ["forms", "copying", "length", "language"]),
     "ages": (ages_table, ["ages"]),
     "family": (family_table, ["family"]),
     "speed": (speed_table, ["speed"]),
@@ -1061,6 +1104,29 @@ def draw_language(records):
     return figure
 
 
+def draw_forms(records):
+    """No form of memory is best on all of three tasks."""
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.6), layout="constrained")
+    panels = {
+        "copy": ("copy, 9 segments", "answer symbols right"),
+        "memorize": ("memorize, 4,096 segments", "fact symbols right"),
+        "language": ("language", "bits per character"),
+    }
+    for axis, (task, (title, label)) in zip(axes, panels.items(), strict=True):
+        points = {}
+        for x, form in enumerate(FORMS.values()):
+            points[x] = by_form(records, form)[task]
+        plot_points(axis, (BLUE, "o", ""), points)
+        axis.set(title=title, ylabel=label, xlim=(-0.5, 2.5))
+        axis.set_xticks(range(len(FORMS)), FORMS, rotation=60)
+        if task == "language":
+            axis.invert_yaxis()  # up is better in all panels
+        else:
+            axis.set_ylim(0, 1.05)
+            chance(axis, 0.1)
+    return figure
+
+
 def draw_ages(records):
     """What a state is worth over the length of its history, and over its age."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.8), sharey=True,
@@ -1152,6 +1218,7 @@ FIGURES = {  # name: the function, and the records that it needs
     "length": (draw_length, ["length"]),
     "curriculum": (draw_curriculum, ["copying", "curriculum"]),
     "language": (draw_language, ["language"]),
+    "forms": (draw_forms, ["forms", "copying", "length", "language"]),
     "ages": (draw_ages, ["ages"]),
     "family": (draw_family, ["family"]),
     "associative": (draw_associative, ["associative"]),
