@@ -1957,22 +1957,6 @@ class TestTrainCopy:
             learn(optimizer, rate, answers, tokens[:, -n:])
         assert_same_training(run, model, optimizer)
 
-    def test_all_weights_decay_but_for_the_gates_of_armt(self):
-        """A gate that decays is half open, and lets noise into the matrix."""
-        args = task_arguments("rewrite", lr=0.1, weight_decay=0.5)
-        run = train_copy.new_run(args, "armt")
-        before = {}
-        for name, weight in run.model.named_parameters():
-            weight.data.normal_()
-            weight.grad = torch.zeros_like(weight)
-            before[name] = weight.detach().clone()
-        run.optimizer.step()
-        gates = [name for name in before if ".w_b." in name]
-        assert len(gates) == 4  # weight and bias, in each of two layers
-        for name, weight in run.model.named_parameters():
-            share = 1.0 if name in gates else 0.95
-            assert_close(weight.detach(), share * before[name], 1e-6)
-
     @pytest.mark.parametrize("curriculum, accuracy, share_of_each", [
         ("fixed", 0.0, {6: 1.0}),
         ("random", 0.0, {2: 1 / 3, 4: 1 / 3, 6: 1 / 3}),
@@ -2568,17 +2552,6 @@ class TestScripts:
                                (b"", "no run of"), (foreign.getvalue(), "no run of")]:
             path.write_bytes(content)
             assert_one_line(run_here(script, "--resume a", 2), f"a/checkpoint.pt is {words}")
-
-    def test_a_run_of_an_earlier_version_is_refused(self, run_here):
-        """In 0.3 the gates of armt decayed, with all other weights in one group."""
-        run_here(train_copy, COPY + " --model armt --steps 2 --baseline none --out a")
-        earlier = checkpoint("a")
-        groups = earlier["runs"]["armt"]["optimizer"]["param_groups"]
-        assert len(groups) == 2
-        del groups[1]
-        torch.save(earlier, "a/checkpoint.pt")
-        refused = run_here(train_copy, "--resume a", 2)
-        assert_one_line(refused, "the run in a began with another version of rmt")
 
     def test_a_language_model_goes_on_with_its_own_text(self, run_here):
         run_here(train_lm, LANGUAGE + " --steps 2 --baseline none --out a")

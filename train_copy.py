@@ -631,25 +631,11 @@ def new_run(args, variant):
     """A run at step 0."""
     model = build(args, variant)
     optimizer = torch.optim.AdamW(
-        decay_groups(model), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+        model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
     data = torch.Generator().manual_seed(args.seed)
     accuracy = dict.fromkeys(training_lengths(args), 0.0)
     unlocked = 1 if args.curriculum == "grow" else len(accuracy)
     return Run(model, optimizer, data, accuracy, unlocked)
-
-
-def decay_groups(model):
-    """The weights that decay, and those that do not: a gate of armt would decay to half open."""
-    decaying = []
-    gates = []
-    for name, weight in model.named_parameters():
-        if ".w_b." in name:
-            gates.append(weight)
-        else:
-            decaying.append(weight)
-    if not gates:
-        return [{"params": decaying}]
-    return [{"params": decaying}, {"params": gates, "weight_decay": 0.0}]
 
 
 def training_lengths(args):
@@ -811,12 +797,8 @@ def load_runs(args, runs):
     saved = load(args.out)
     for name, run in runs.items():
         state = saved["runs"][name]
-        try:
-            run.model.load_state_dict(state.pop("model"))
-            run.optimizer.load_state_dict(state.pop("optimizer"))
-        except (RuntimeError, ValueError) as reason:
-            fail(f"the run in {args.out} began with another version of rmt, and cannot go on with "
-                 f"this one: {reason}")
+        run.model.load_state_dict(state.pop("model"))
+        run.optimizer.load_state_dict(state.pop("optimizer"))
         run.data.set_state(state.pop("data"))
         vars(run).update(state)
     torch.set_rng_state(saved["random_state"][0])

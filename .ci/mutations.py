@@ -321,10 +321,6 @@ RMT = [  # the story, a fragment of rmt.py, what it becomes, the test that notic
 ]
 
 OTHERS = [  # the story, the file, a fragment of it, what it becomes, the test that notices
-    ("gates decay", "train_copy.py",
-     'if ".w_b." in name:',
-     "if False:",
-     "test_all_weights_decay_but_for_the_gates_of_armt"),
     ("a sample is another one every time",
      "train_copy.py",
      "rng = random.Random(torch.randint(2**62, (), generator=generator).item())\n    n_sentences",
