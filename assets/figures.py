@@ -519,12 +519,10 @@ def by_form(records, form):
     runs = [run for name in ("forms", "copying", "length") for run in records[name]]
     copy = find(runs, task="copy", model="rmt", **form)
     memorize = find(runs, task="memorize", memory_noise=1.0, **form)
-    language = [run for name in ("forms", "language") for run in records[name]]
-    flags = RECIPE | form
     return {
         "copy": at_length(copy, 9),
         "memorize": at_length(memorize, 4096),
-        "language": [result(run)["carried"]["bpc"] for run in find(language, **flags)],
+        "language": bits(find(records["forms"], data=["python"], **form)),
     }
 
 
@@ -692,7 +690,7 @@ TABLES = {  # name in the READMEs: the function, and the records that it needs
     "language-first": (language_first_table, ["language"]),
     "language-depth": (language_depth_table, ["language_tried"]),
     "language-tried": (language_tried_table, ["language", "language_tried"]),
-    "forms": (forms_table, ["forms", "copying", "length", "language"]),
+    "forms": (forms_table, ["forms", "copying", "length"]),
     "ages": (ages_table, ["ages"]),
     "family": (family_table, ["family"]),
     "speed": (speed_table, ["speed"]),
@@ -1106,24 +1104,25 @@ def draw_language(records):
 
 def draw_forms(records):
     """No form of memory is best on all of three tasks."""
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.6), layout="constrained")
-    panels = {
+    panels = {  # the title, and what its axis says
         "copy": ("copy, 9 segments", "answer symbols right"),
         "memorize": ("memorize, 4,096 segments", "fact symbols right"),
         "language": ("language", "bits per character"),
     }
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.8), sharey=True, layout="constrained")
     for axis, (task, (title, label)) in zip(axes, panels.items(), strict=True):
-        points = {}
-        for x, form in enumerate(FORMS.values()):
-            points[x] = by_form(records, form)[task]
-        plot_points(axis, (BLUE, "o", ""), points)
-        axis.set(title=title, ylabel=label, xlim=(-0.5, 2.5))
-        axis.set_xticks(range(len(FORMS)), FORMS, rotation=60)
+        for y, form in enumerate(FORMS.values()):
+            scores = by_form(records, form)[task]
+            axis.plot(scores, [y] * len(scores), "o", color=BLUE, markerfacecolor="none",
+                      markeredgewidth=1.5)
+        axis.set(title=title, xlabel=label, ylim=(len(FORMS) - 0.5, -0.5))
+        axis.grid(axis="y", color="#E4E4E4")
+        axis.set_axisbelow(True)
         if task == "language":
-            axis.invert_yaxis()  # up is better in all panels
+            axis.invert_xaxis()  # further right is better, in all panels
         else:
-            axis.set_ylim(0, 1.05)
-            chance(axis, 0.1)
+            axis.set_xlim(0, 1.05)
+    axes[0].set_yticks(range(len(FORMS)), FORMS)
     return figure
 
 
@@ -1139,11 +1138,13 @@ def draw_ages(records):
         plot_seeds(right, look(name), ages(runs, "frozen"), label)
         without = np.mean([seed[0] for seed in history])
         right.axhline(without, color=look(name)[0], linestyle=(0, (1, 2)), linewidth=1.5)
+    right.annotate("with the initial state", (16, without), (6, -44), textcoords="offset points")
     left.set(title="A state that began some segments ago", ylabel="bits per character",
              xlabel="segments that it has seen")
     right.set(title="The state of some segments ago", xlabel="its age, segments")
-    for axis, ticks in ((left, HISTORY), (right, FROZEN[:2] + FROZEN[3::2])):
+    for axis, ticks in ((left, HISTORY), (right, [0, 1, 4, 16, 128, 1024])):
         axis.set_xscale("symlog", base=2, linthresh=1)  # which has a place for 0
+        axis.set_xlim(-0.3, 1.5 * ticks[-1])
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axis.set_xticks([], minor=True)
     legend_below(figure, left, 3)
@@ -1218,7 +1219,7 @@ FIGURES = {  # name: the function, and the records that it needs
     "length": (draw_length, ["length"]),
     "curriculum": (draw_curriculum, ["copying", "curriculum"]),
     "language": (draw_language, ["language"]),
-    "forms": (draw_forms, ["forms", "copying", "length", "language"]),
+    "forms": (draw_forms, ["forms", "copying", "length"]),
     "ages": (draw_ages, ["ages"]),
     "family": (draw_family, ["family"]),
     "associative": (draw_associative, ["associative"]),
