@@ -2729,6 +2729,9 @@ def test_ages_are_recorded_from_the_folders_of_runs(run_here, monkeypatch):
     Path("a.txt").write_text("another text" * 1000, encoding="utf-8")
     with pytest.raises(SystemExit, match="a was trained on another text than the"):
         figures.main(work)
+    Path("a/result.json").unlink()
+    with pytest.raises(SystemExit, match="the run in a is not finished"):
+        figures.main(work)
 
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -157,8 +157,11 @@ def measure_ages(folders, to=RESULTS):
     """Write the record ages.json from the folders of finished runs of train_lm.py."""
     runs = []
     for folder in folders:
-        run = read_result(folder / "result.json")
         saved = train_lm.load(folder)
+        if not (folder / "result.json").exists():
+            sys.exit(f"figures.py: error: the run in {folder} is not finished: "
+                     f"python train_lm.py --resume {folder}")
+        run = read_result(folder / "result.json")
         args = Namespace(**saved["settings"])
         args.device = "cpu"
         text = train_lm.Text(train_lm.read(args.data))
