@@ -3028,6 +3028,7 @@ class TestCourse:
         assert course.text(torch.tensor([0, 9, 10, 2]), T=2) == "AJ |C"
 
     def test_reciting_starts_at_the_bar_from_a_state_or_after_reading(self, course):
+        torch.manual_seed(0)  # some untrained models say the same whatever they have read
         model = RMT(Config(vocab_size=11, segment_len=4)).eval()
         letters = course.message(8, 3)[1]
         _, state = unroll(model, letters)
