@@ -501,15 +501,6 @@ def language_tried_table(records):
             yield row(name, spread(bits(runs)), change)
 
 
-FAMILY = {  # what the table of the Memory Transformer's forms calls a model, and its flags
-    "`rmt`": {"model": "rmt"},
-    "`mem_controller`": {"model": "mem_controller"},
-    "`mem_bottleneck`, window 8": {"model": "mem_bottleneck", "window": 8},
-    "`mem_bottleneck`, window 2": {"model": "mem_bottleneck", "window": 2},
-    "`mem_bottleneck`, window 0": {"model": "mem_bottleneck", "window": 0},
-}
-
-
 FORMS = {  # of memory, and the fields of Config that choose it
     "as in the paper": {"memory_form": "norm", "write_slot": "memory"},
     "normed, an\nembedding added": {"memory_form": "norm", "write_slot": "both"},
@@ -537,11 +528,10 @@ def forms_table(records):
         yield row(name.replace("\n", " "), *map(spread, by_form(records, form).values()))
 
 
-PAPERS_FORM = FORMS["as in the paper"]
 AGES = {  # the models whose state is followed back
     "`transformer_xl`, C 4": {"model": "transformer_xl", "cache_len": 4},
     "`rmt`": {"model": "rmt", "memory_form": "raw", "write_slot": "embedding"},
-    "`rmt`, memory as in the paper": {"model": "rmt", **PAPERS_FORM},
+    "`rmt`, memory as in the paper": {"model": "rmt", **FORMS["as in the paper"]},
 }
 
 
@@ -560,6 +550,15 @@ def ages_table(records):
         cells = [spread([seed[n] for seed in ages(runs, "history")]) for n in histories]
         cells += [spread([seed[n] for seed in ages(runs, "frozen")]) for n in frozen]
         yield row(name, *cells)
+
+
+FAMILY = {  # what the table of the Memory Transformer's forms calls a model, and its flags
+    "`rmt`": {"model": "rmt"},
+    "`mem_controller`": {"model": "mem_controller"},
+    "`mem_bottleneck`, window 8": {"model": "mem_bottleneck", "window": 8},
+    "`mem_bottleneck`, window 2": {"model": "mem_bottleneck", "window": 2},
+    "`mem_bottleneck`, window 0": {"model": "mem_bottleneck", "window": 0},
+}
 
 
 def family(records, name, script):
