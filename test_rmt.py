@@ -1649,8 +1649,10 @@ def arguments(script, flags):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, empty but for a text of 20,000 characters."""
+    """The current folder, empty but for a text of 20,000 characters; scripts choose the CPU."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that are started
     (tmp_path / "a.txt").write_text(TEXT)
     return tmp_path
 
@@ -1887,6 +1889,46 @@ class TestTasks:
         nowhere_or_first = {"copy": set(), "reverse": set(), "memorize": {0}}
         assert found == nowhere_or_first.get(task, set(range(S - 1)))
 
+    @pytest.mark.parametrize("task, before", [  # words of a question before its answer
+        ("retrieval", 2), ("remember", 1), ("rewrite", 1), ("facts", 3), ("two-facts", 4),
+        ("relations", 5)])
+    def test_every_question_has_its_answer_and_none_is_asked_twice(self, task, before):
+        args = task_arguments(task, "--questions 3")
+        distance = 6 if task in train_copy.STORIES else args.segment_len
+        body = (args.segments - 1) * args.segment_len
+        generator = torch.Generator().manual_seed(0)
+        inputs, targets = train_copy.sample(args, build(), args.segments, 200, generator)
+        assert inputs.size(1) - targets.size(1) == body + before - 1
+        words = train_copy.vocabulary(args)
+        things = {  # what can be asked for in a sample
+            "facts": lambda shown: len(set(shown) & set(train_copy.PEOPLE)),
+            "two-facts": lambda shown: len(set(shown) & set(train_copy.OBJECTS)),
+            "relations": lambda shown: shown.count("is"),
+        }
+        for sample, target in zip(inputs.tolist(), targets.tolist(), strict=True):
+            sample = [words[token] for token in sample]
+            asked = []
+            for start in (0, distance, 2 * distance):
+                question = sample[body:][start:start + before]
+                asked.append(tuple(question))
+                n = 1 if task in train_copy.STORIES else target.index(train_copy.NO_TARGET)
+                answer, _ = solve(task, sample[:body] + question, n, args.segment_len)
+                assert [words[token] for token in target[start:start + n]] == answer
+                assert set(target[start + n:start + distance]) <= {train_copy.NO_TARGET}
+                if start < 2 * distance:  # the next question comes after the right answer
+                    assert sample[body + start + before:][:n] == answer
+            if task != "rewrite":  # where a key may come again
+                n_things = things[task](sample[:body]) if task in things else args.segments - 1
+                assert len(set(asked)) == min(3, n_things)
+
+    @pytest.mark.parametrize("task", ["remember", "facts"])
+    def test_there_are_no_more_questions_than_things_to_ask_for(self, task):
+        args = task_arguments(task, "--questions 1000")
+        generator = torch.Generator().manual_seed(0)
+        _, targets = train_copy.sample(args, build(), 2, 8, generator)
+        answers = (targets != train_copy.NO_TARGET).sum(dim=1)
+        assert answers.tolist() == [2] * 8  # T is 3, so a pair has two values; or two sentences
+
     def test_quadratic_equations_are_solved_in_six_fields(self):
         tokens, _ = draw(task_arguments("quadratic"))
         n_unsolved = 0
@@ -1931,6 +1973,20 @@ class TestTrainCopy:
         else:
             assert (inputs[:, 5:] == train_copy.vocabulary(args).index("_")).all()
 
+    def test_an_encoder_sees_the_questions_and_no_answer(self):
+        args = task_arguments("remember", "--questions 3")
+        generator = torch.Generator().manual_seed(0)
+        inputs, targets = train_copy.sample(args, build("rmt_encoder"), 9, 5, generator)
+        generator.manual_seed(0)
+        tokens, _ = train_copy.remember(args, 9, 5, generator)
+        blank = train_copy.BLANK
+        assert (inputs == blank).sum(dim=1).tolist() == [5] * 5  # 3 answers of 2, without the last
+        assert torch.equal(inputs[inputs != blank], tokens[:, :-1][inputs != blank])
+        for start in (24, 27, 30):  # after eight pairs: a key, which is shown, and two values
+            assert (inputs[:, start] != blank).all()
+            assert (inputs[:, start + 1:start + 3] == blank).all()
+            assert torch.equal(targets[:, start - 24:][:, :2], tokens[:, start + 1:start + 3])
+
     @pytest.mark.parametrize("depth, cuts", [
         ("", []), ("--bptt-depth 0", [1, 2, 3, 4, 5]), ("--bptt-depth 1", [2, 4])])
     def test_training_equals_a_loop_by_hand(self, depth, cuts):
@@ -1955,6 +2011,25 @@ class TestTrainCopy:
             answers = torch.cat(outputs, dim=1)[:, -n:]
             rate = 4e-3 * min((step + 1) / 50, (60 - step) / 30)
             learn(optimizer, rate, answers, tokens[:, -n:])
+        assert_same_training(run, model, optimizer)
+
+    def test_all_answers_are_trained_and_nothing_between_them(self):
+        flags = ("--steps 60 --segments 4 --segment-len 3 --questions 2 --curriculum fixed "
+                 "--config write_slot=both")
+        args = arguments(train_copy, f"{TINY} --task remember --model rmt {flags}")
+        run = train_copy.new_run(args, "rmt")
+        model = copy.deepcopy(run.model)
+        train_copy.train(args, run, "rmt", lambda: None)
+
+        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=1.0)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(60):
+            torch.randint(1, (), generator=generator)  # the curriculum chooses among one length
+            tokens, _ = train_copy.remember(args, 4, args.batch, generator)
+            logits, _ = unroll(model, tokens[:, :-1])
+            places = [9, 10, 12, 13]  # three pairs; key, value, value; key, value, value
+            rate = 3e-3 * min((step + 1) / 50, (60 - step) / 30)
+            learn(optimizer, rate, logits[:, places], tokens[:, 1:][:, places])
         assert_same_training(run, model, optimizer)
 
     @pytest.mark.parametrize("curriculum, accuracy, share_of_each", [
@@ -2317,6 +2392,7 @@ MISTAKES = [
     (train_copy, "--task facts --segment-len 11", "--segment-len 11 must be a multiple of 6"),
     (train_copy, "--task two-facts --segment-len 6", "--segment-len 6 must be at least 12"),
     (train_copy, "--task quadratic --segments 12", "12 segments of 30 must be 6 of 30"),
+    (train_copy, "--questions 2", "--questions 2 must be 1 for --task copy"),
     (train_copy, "--target 2", "2 must be from 0 to 1"),
     (train_copy, "--config nu=2 --config d_assoc=8", "--config is given twice"),
     (train_lm, "--data a.txt --data b.txt", "--data is given twice"),
@@ -2660,6 +2736,74 @@ print("threads:", *[path.read_text() for path in Path("/proc/self/task").glob("*
         assert_one_line(alone, "the run in parts began on 2 ranks, not 1")
         end_process(start_process(train_lm, "--resume parts", TORCHRUN))
         assert_same_run("parts", "whole")
+
+
+# ------------------------------------------------------------------------------------------ a GPU
+
+
+def on_both(name, **changes):
+    """The same model twice: on the CPU and on the GPU."""
+    model = build(name, **changes)
+    return model, copy.deepcopy(model).to("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+class TestGPU:
+    """What the CPU computes in float64, a GPU computes too."""
+
+    @models(MODELS)
+    @torch.backends.cudnn.flags(enabled=False)  # its GRU has gradients in training mode only
+    def test_logits_state_and_gradients_are_those_of_the_cpu(self, name):
+        tokens = text(2 * T + 3)
+        results = []
+        for model in on_both(name):
+            device = model.memory.device
+            logits, state = unroll(model, tokens.to(device), bptt_depth=1)
+            loss_of(logits, tokens.to(device)).backward()
+            assert all(leaf.device == device for leaf in tree_leaves(state))
+            computed = [logits, *tree_leaves(state), *gradients_of(model)]
+            results.append([t.cpu() for t in computed])
+        assert_close(*results, tolerance=1e-9)
+
+    @models(DIAGONAL)
+    def test_diagonals_equal_the_loop(self, name):
+        _, model = on_both(name, n_layer=3)
+        tokens = text(8 * T + 1).to("cuda")
+        results = []
+        for run in (unroll, unroll_diagonal):
+            logits, state = run(model, tokens, checkpoint=True)
+            loss_of(logits, tokens).backward()
+            results.append([logits, *tree_leaves(state), *gradients_of(model)])
+        assert_close(*results, tolerance=1e-9)
+
+    @models(CAUSAL)
+    def test_the_same_tokens_are_generated(self, name):
+        on_cpu, on_gpu = on_both(name)
+        prompt = text(T + 2)
+        new = generate(on_gpu, prompt.to("cuda"), 2 * T, temperature=0)
+        assert torch.equal(new.cpu(), generate(on_cpu, prompt, 2 * T, temperature=0))
+
+    def test_a_token_out_of_range_is_refused_before_the_gpu_sees_it(self):
+        """There it would be an assertion of the device, after which the process can do nothing."""
+        _, model = on_both("rmt")
+        with pytest.raises(ValueError, match=f"reach from 0 to {V}"):
+            unroll(model, torch.tensor([[0, V]], device="cuda"))
+
+    @pytest.mark.parametrize("script, flags", [(train_copy, COPY), (train_lm, LANGUAGE)])
+    def test_scripts_train_resume_and_report_there(self, script, flags, run_here):
+        """The numbers are near those of the CPU, and a run that goes on does so from its step."""
+        flags = f"{flags} --baseline none"
+        for device in ("cpu", "cuda"):
+            run_here(script, f"{flags} --device {device} --out {device}")
+        on_cpu, on_gpu = checkpoint("cpu")["runs"]["rmt"], checkpoint("cuda")["runs"]["rmt"]
+        for weight_name, weight in on_cpu["model"].items():
+            torch.testing.assert_close(
+                on_gpu["model"][weight_name].cpu(), weight, rtol=0.05, atol=0.05)
+        with at_call(script, 16, lambda: signal.raise_signal(signal.SIGINT)):
+            run_here(script, f"{flags} --device cuda --out parts", expected_status=130)
+        run_here(script, "--resume parts --device cuda")
+        assert checkpoint("parts")["runs"]["rmt"]["step"] == on_gpu["step"]
+        assert torch.cuda.get_device_name() in (Path("cuda") / "result.json").read_text()
 
 
 # ==================================================================================================

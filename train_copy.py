@@ -31,10 +31,11 @@ import signal
 import sys
 import time
 import zipfile
+from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count, pairwise
+from itertools import chain, count, cycle, islice, pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -51,6 +52,9 @@ from rmt import RMT, VARIANTS, AssociativeBlock, Config, attention_maps, generat
 # answer that ends them. The model reads all tokens but the last, and its outputs over the answer
 # are scored. The examples have 4 tokens a segment, unless they say otherwise; segments are set
 # apart by spaces, and a dot is an output that is not scored.
+#
+# Tasks that ask for one of many things can ask several questions about a sample (--questions), one
+# after the other, with their answers at equal distances: see `answers_of`.
 
 MARK, QUESTION, BLANK = range(3)  # written | ? _
 SYMBOL = 3                        # the first of --symbols symbols; keys or noise come after them
@@ -95,9 +99,12 @@ def retrieval(args, segments, batch, generator):
     values = draw_symbols(args, (batch, segments - 1, args.segment_len - 3), generator)
     mark = torch.full((batch, segments - 1, 1), MARK)
     pairs = torch.cat([keys[..., None], mark, values, mark], dim=2)
-    asked, answer = ask_for_one(keys, values, generator)
-    question = torch.full((batch, 1), QUESTION)
-    return torch.cat([pairs.flatten(1), asked, question, answer], dim=1), answer.size(1)
+    asked, answers = choose_pairs(args, keys, values, generator)
+    question = torch.full_like(asked, QUESTION)
+    end = torch.full_like(asked, MARK)
+    questions = torch.cat([asked, question, answers, end], dim=2)
+    tokens = torch.cat([pairs.flatten(1), questions.flatten(1)], dim=1)
+    return tokens[:, :-1], answers.size(2)
 
 
 def remember(args, segments, batch, generator):
@@ -121,21 +128,29 @@ def rewrite(args, segments, batch, generator):
 
 
 def ask_about_pairs(args, keys, generator):
-    """Keys (B, pairs), each with a value, and then one of the keys."""
+    """Keys (B, pairs), each with a value; then some of the keys, each with its last value."""
     keys = SYMBOL + args.symbols + keys
     values = draw_symbols(args, (*keys.shape, args.segment_len - 1), generator)
     pairs = torch.cat([keys[..., None], values], dim=2)
-    asked, answer = ask_for_one(keys, values, generator)
-    return torch.cat([pairs.flatten(1), asked, answer], dim=1), answer.size(1)
+    asked, answers = choose_pairs(args, keys, values, generator)
+    questions = torch.cat([asked, answers], dim=2)
+    return torch.cat([pairs.flatten(1), questions.flatten(1)], dim=1), answers.size(2)
 
 
-def ask_for_one(keys, values, generator):
-    """One of keys (B, pairs), as (B, 1), and its last value."""
+def choose_pairs(args, keys, values, generator):
+    """Some of keys (B, pairs) to ask for, as (B, questions, 1), and the last value of each."""
     batch, n_pairs = keys.shape
-    rows = torch.arange(batch)
-    asked = keys[rows, torch.randint(n_pairs, (batch,), generator=generator)][:, None]
-    last = n_pairs - 1 - (keys == asked).flip(1).int().argmax(dim=1)
-    return asked, values[rows, last]
+    first = torch.randint(n_pairs, (batch, 1), generator=generator)
+    chosen = first
+    if args.questions > 1:  # none of them twice: an answer would be found in an earlier question
+        n = min(args.questions, n_pairs)
+        further = 1 + draw_distinct(n_pairs - 1, n - 1, batch, generator)
+        chosen = torch.cat([first, (first + further) % n_pairs], dim=1)
+    rows = torch.arange(batch)[:, None]
+    asked = keys[rows, chosen]
+    same = keys[:, None, :] == asked[:, :, None]  # (B, questions, pairs)
+    last = n_pairs - 1 - same.flip(2).int().argmax(dim=2)
+    return asked[..., None], values[rows, last]
 
 
 def draw_distinct(n_keys, n, batch, generator):
@@ -190,20 +205,24 @@ NOISE_WORDS = [  # a sentence of noise takes one word of each
     "hills fields clouds trees".split(),
     ".".split(),
 ]
+SENTENCE = len(NOISE_WORDS)  # words of every sentence
 OTHER_WORDS = "went to took dropped there is where what of".split()
 WORDS = ["|", "?", "_", *PEOPLE, *OBJECTS, *PLACES, *SIDES, *chain(*NOISE_WORDS), *OTHER_WORDS]
+NUMBER = {word: i for i, word in enumerate(WORDS)}
 
 
 def one_fact(rng, n):
-    """People move. Where somebody is depends on one fact, the last move."""
+    """People move. Where somebody is depends on one fact, the last move.
+
+    A story returns its facts, and the questions that can be asked with their answers.
+    """
     at = {}
     facts = []
     for _ in range(n):
         person = rng.choice(PEOPLE)
         at[person] = rng.choice(PLACES)
         facts.append(f"{person} went to the {at[person]} .")
-    person = rng.choice(list(at))
-    return facts, f"where is {person}", at[person]
+    return facts, [(f"where is {person}", place) for person, place in at.items()]
 
 
 def two_facts(rng, n):
@@ -230,28 +249,28 @@ def two_facts(rng, n):
         else:
             at[person] = rng.choice(PLACES)
             facts.append(f"{person} went to the {at[person]} .")
-    thing = rng.choice([*holder, *lies])
-    place = at[holder[thing]] if thing in holder else lies[thing]
-    return facts, f"where is the {thing}", place
+    where = {thing: at[person] for thing, person in holder.items()} | lies
+    return facts, [(f"where is the {thing}", place) for thing, place in where.items()]
 
 
 def relations(rng, n):
     """Places lie around each other, in a chain. One of two neighbours is asked for."""
     places = rng.sample(PLACES, min(n + 1, len(PLACES)))
     links = [(a, rng.choice(SIDES), b) for a, b in pairwise(places)]
-    a, side, b = rng.choice(links)
     rng.shuffle(links)
-    facts = [f"{first} is {direction} of {second} ." for first, direction, second in links]
-    if rng.random() < 0.5:
-        return facts, f"what is {side} of {b}", a
-    return facts, f"{a} is {side} of what", b
+    facts = [f"{a} is {side} of {b} ." for a, side, b in links]
+    questions = []  # one about each link: the other one would be answered by it
+    for a, side, b in links:
+        first, second = (f"what is {side} of {b}", a), (f"{a} is {side} of what", b)
+        questions.append(first if rng.random() < 0.5 else second)
+    return facts, questions
 
 
 STORIES = {"facts": one_fact, "two-facts": two_facts, "relations": relations}
 
 
 def facts(args, segments, batch, generator):
-    """Sentences of a small world scattered in noise, six tokens each, and a question [bAbI].
+    """Sentences of a small world scattered in noise, six words each, and a question [bAbI].
 
         input    mary went to the office .   the old river meets trees .   where is mary
         target   .    .    .  .   .      .   .   .   .     .     .     .   .     .  office
@@ -259,17 +278,23 @@ def facts(args, segments, batch, generator):
     The tasks two-facts and relations are the same with other stories.
     """
     rng = random.Random(torch.randint(2**62, (), generator=generator).item())
-    n_sentences = (segments - 1) * args.segment_len // 6
+    n_sentences = (segments - 1) * args.segment_len // SENTENCE
     samples = []
     for _ in range(batch):
         sentences = [" ".join(map(rng.choice, NOISE_WORDS)) for _ in range(n_sentences)]
         n_facts = rng.randint(min(2, n_sentences), min(6, n_sentences))
-        told, question, answer = STORIES[args.task](rng, n_facts)
+        told, questions = STORIES[args.task](rng, n_facts)
+        asked = rng.sample(questions, min(n_questions(args, segments), len(questions)))
         places = sorted(rng.sample(range(n_sentences), len(told)))
         for place, sentence in zip(places, told, strict=True):
             sentences[place] = sentence
-        words = " ".join([*sentences, question, answer]).split()
-        samples.append([WORDS.index(word) for word in words])
+        words = " ".join(sentences).split()
+        for question, answer in islice(cycle(asked), n_questions(args, segments)):
+            words += [*question.split(), answer]
+            fill = ["."] * (-len(words) % SENTENCE)
+            words += fill
+        words = words[:len(words) - len(fill)]  # the last answer ends the sample
+        samples.append([NUMBER[word] for word in words])
     return torch.tensor(samples), 1
 
 
@@ -309,7 +334,24 @@ TASKS = {
     "rewrite": rewrite, "memorize": memorize, "detect": detect, "facts": facts,
     "two-facts": facts, "relations": facts, "quadratic": quadratic,
 }
+ASKING = {"retrieval", "remember", "rewrite", *STORIES}  # tasks with --questions
 MULTIPLE = {"copy": 3, "reverse": 2, "quadratic": 6}  # segments come in multiples of these
+
+
+def answer_distance(args):
+    """From a question's answer to that of the next one, in tokens: a sentence, or a segment."""
+    return SENTENCE if args.task in STORIES else args.segment_len
+
+
+def n_questions(args, segments):
+    """How many questions are asked about a sample: no more than it has pairs or sentences."""
+    return min(args.questions, (segments - 1) * args.segment_len // answer_distance(args))
+
+
+def longest_sample(args):
+    """The segments of the longest training sample, those of its questions too."""
+    more = (n_questions(args, args.segments) - 1) * answer_distance(args)
+    return args.segments + math.ceil(more / args.segment_len)
 
 
 def vocabulary(args):
@@ -338,10 +380,13 @@ def check_sizes(args):
     T = args.segment_len
     least = {"retrieval": 4, "facts": 6, "two-facts": 12, "relations": 6}.get(args.task, 2)
     multiple = MULTIPLE.get(args.task, 1)
+    if args.questions > 1 and args.task not in ASKING:
+        raise ValueError(f"--questions {args.questions} must be 1 for --task {args.task}")
     if T < least:
         raise ValueError(f"--segment-len {T} must be at least {least} for --task {args.task}")
-    if args.task in STORIES and T % 6 != 0:
-        raise ValueError(f"--segment-len {T} must be a multiple of 6, the length of a sentence")
+    if args.task in STORIES and T % SENTENCE != 0:
+        raise ValueError(f"--segment-len {T} must be a multiple of {SENTENCE}, the length of a "
+                         "sentence")
     for n in [args.segments, *args.eval_segments]:
         if args.task == "quadratic" and (n, T) != (6, 30):
             raise ValueError(f"{n} segments of {T} must be 6 of 30 for --task quadratic")
@@ -358,7 +403,7 @@ def check_memory(args):
     """Raise ValueError where even a low estimate of what a step needs is more than there is."""
     L, D = args.n_layer, args.d_model
     weights = 12 * L * D**2 + 2 * len(vocabulary(args)) * D
-    rows = args.batch * args.segments * (args.segment_len + 2 * args.n_mem)
+    rows = args.batch * longest_sample(args) * (args.segment_len + 2 * args.n_mem)
     needed = 4 * (4 * weights + 16 * L * D * rows)  # bytes: AdamW's four, what backward keeps
     if args.device == "cpu" and hasattr(os, "sysconf"):  # not on Windows
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -424,6 +469,8 @@ def parse(argv):
     flag("--segments", type=number(int, 2), help="segments of the longest training sample")
     flag("--segment-len", type=number(int, 1), help="T, tokens per segment")
     flag("--curriculum", choices=["grow", "random", "fixed"], help="segments of a training sample")
+    flag("--questions", type=number(int, 1, 1000), default=1,
+         help="about every training sample, of the tasks that ask for one of many things")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", choices=VARIANTS, help="a row of VARIANTS in rmt.py")
@@ -536,15 +583,28 @@ def build(args, variant):
     return RMT(config).to(args.device)
 
 
+NO_TARGET = -100  # of an output between two answers: cross_entropy leaves it out
+
+
+def answers_of(args, tokens, n, segments):
+    """The targets (B, n, or more where there are several questions) of the last outputs."""
+    distance = answer_distance(args)
+    targets = tokens[:, -n - (n_questions(args, segments) - 1) * distance:].clone()
+    places = torch.arange(targets.size(1))  # an answer takes the first n of every distance
+    targets[:, places % distance >= n] = NO_TARGET
+    return targets
+
+
 def sample(args, model, segments, batch, generator):
     """Inputs (B, length), and targets (B, n), which belong to the last n outputs."""
     tokens, n = TASKS[args.task](args, segments, batch, generator)
     inputs = tokens[:, :-1].to(args.device)
-    targets = tokens[:, -n:].to(args.device)
+    targets = answers_of(args, tokens, n, segments).to(args.device)
     if model.variant.mask == "full":
-        # An encoder would see the answer among its inputs, so it fills in blanks.
+        # An encoder would see the answers among its inputs, so it fills in blanks.
         inputs = inputs.clone()
-        inputs[:, inputs.size(1) - n + 1:] = BLANK
+        after_targets = inputs[:, inputs.size(1) - targets.size(1) + 1:]
+        after_targets[targets[:, :-1] != NO_TARGET] = BLANK
     return inputs, targets
 
 
@@ -559,11 +619,14 @@ N_EVAL = 128  # samples per evaluation, fewer where they are very long
 def evaluate(args, model, segments, between=lambda state: state, free=True):
     """Shares of right answers on fresh samples, and the samples: inputs, targets, answers.
 
+    However many questions there are in training, here it is one about each sample.
+
     between  a function that may tamper with the state at each boundary
     free     let the model also run free: each symbol is then read after the model's own, and not
              after the right one, as it is when the answer is teacher-forced
     """
     model.eval()
+    args = Namespace(**vars(args) | {"questions": 1})
     T = args.segment_len
     n_samples = max(16, min(N_EVAL, 2**22 // (segments * T)))
     generator = torch.Generator().manual_seed(args.seed + 2**31)  # not the stream of training
@@ -687,7 +750,7 @@ def train(args, run, name, save):
                      f"{step + 1}: take an --lr below {args.lr}")
 
             # Running means, and longer samples when the longest ones go well.
-            scored = targets != BLANK
+            scored = (targets != BLANK) & (targets != NO_TARGET)
             right = share(logits.argmax(-1)[scored] == targets[scored])
             run.accuracy[segments] += 0.05 * (right - run.accuracy[segments])
             run.loss += (0.05 if step > 0 else 1.0) * (loss.item() - run.loss)
@@ -1066,7 +1129,7 @@ def main(args):
         load_runs(args, runs)
     save_runs(args, runs)
     write_json(args.out / "config.json", settings_of(args))
-    n_tokens = args.batch * args.segments * args.segment_len
+    n_tokens = args.batch * longest_sample(args) * args.segment_len
     print(f"{args.task} over {args.segments} segments of {args.segment_len} tokens, at most "
           f"{n_tokens} a step: device {args.device}, seed {args.seed}, files in {args.out}")
     for name, run in runs.items():

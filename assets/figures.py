@@ -17,20 +17,25 @@
     python assets/figures.py ages FOLDER...
         Find out how far back models use their state, from the folders of finished runs of
         train_lm.py, and put it into the record assets/results/ages.json.
+    python assets/figures.py far FOLDER... [--tokens N...] [--device cuda]
+        Let models find facts in up to millions of tokens, from the folders of finished runs of
+        train_copy.py --task facts, and put it into the record assets/results/far.json.
 
 A record is a list of runs: command, seed, date, versions, hardware, flags and results, as a script
 writes them to result.json. A figure or table whose record is missing is left as it is.
 
-It reads from top to bottom: records, ages, tables, how figures look, figures, main.
+It reads from top to bottom: records, ages, far, tables, how figures look, figures, main.
 """
 import argparse
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import fields
@@ -42,12 +47,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.patches import Rectangle
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_copy  # noqa: E402
 import train_lm  # noqa: E402
-from rmt import RMT, VARIANTS, Config  # noqa: E402
+from rmt import RMT, VARIANTS, Config, tree_leaves  # noqa: E402
 
 ASSETS = ROOT / "assets"
 RESULTS = ASSETS / "results"
@@ -218,6 +224,121 @@ def bits_by_age(model, part):
         "history": {length: bits(scored, after(length)) for length in HISTORY},
         "characters": len(scored) * N_STREAMS * T,
     }
+
+
+# ==================================================================================================
+# Far: facts scattered in up to millions of tokens of noise
+
+
+LENGTHS = [10**5, 10**6]  # tokens, where none are named
+N_SAMPLES = 64            # side by side
+
+
+def measure_far(folders, lengths, device, to=RESULTS):
+    """Write the record far.json from the folders of finished runs of train_copy.py."""
+    runs = []
+    for folder in folders:
+        saved = train_copy.load(folder)
+        args = Namespace(**saved["settings"])
+        if args.task not in train_copy.STORIES:
+            sys.exit(f"figures.py: error: the run in {folder} is of --task {args.task} and must be "
+                     f"of {', '.join(train_copy.STORIES)}")
+        args.device = device
+        model = train_copy.build(args, args.model)
+        model.load_state_dict(saved["runs"][args.model]["model"])
+        run = read_result(folder / "result.json")
+        run["results"] = {args.model: {}}
+        for length in lengths:
+            started = time.perf_counter()
+            right = right_after(args, model.eval(), length)
+            seconds = time.perf_counter() - started
+            run["results"][args.model][length] = {"right": right, "samples": N_SAMPLES,
+                                                  "seconds": round(seconds, 1)}
+            print(f"{folder}, {length} tokens: {right:.3f} right, {seconds:.0f} s", flush=True)
+        run["read on"] = train_copy.hardware(args)
+        runs.append(run)
+    write_record("far", runs, to)
+
+
+@torch.no_grad()
+def right_after(args, model, n_tokens):
+    """The share of right answers about facts that are scattered in n_tokens of noise.
+
+    The samples are those of train_copy.py, but are drawn on the device while they are read.
+    """
+    rng = random.Random(args.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed + 2**31)
+    words = train_copy.WORDS.index
+    choices = [[words(word) for word in choice] for choice in train_copy.NOISE_WORDS]
+    most = max(map(len, choices))
+    # A sentence takes one word of each column; those with a single choice have it several times.
+    noise = torch.tensor([(column * most)[:most] for column in choices], device=args.device)
+    width = len(choices)
+    columns = torch.arange(width, device=args.device)
+    per_segment = args.segment_len // width
+    n_segments = n_tokens // args.segment_len
+
+    told = {}  # segment: [(sample, sentence of the segment, its tokens)]
+    prompts, answers = [], []
+    for i in range(N_SAMPLES):
+        facts, questions = train_copy.STORIES[args.task](rng, rng.randint(2, 6))
+        question, answer = rng.choice(questions)
+        prompts.append([words(word) for word in question.split()])
+        answers.append(words(answer))
+        places = sorted(rng.sample(range(n_segments * per_segment), len(facts)))
+        for place, fact in zip(places, facts, strict=True):
+            tokens = [words(word) for word in fact.split()]
+            told.setdefault(place // per_segment, []).append((i, place % per_segment, tokens))
+
+    reader = Reader(model, N_SAMPLES)
+    for segment in tqdm(range(n_segments), f"{n_tokens} tokens", leave=False, disable=None):
+        shape = N_SAMPLES, per_segment, width
+        picked = torch.randint(most, shape, generator=generator, device=args.device)
+        sentences = noise[columns, picked]
+        for i, place, tokens in told.get(segment, []):
+            sentences[i, place] = torch.tensor(tokens, device=args.device)
+        reader.read(sentences.flatten(1))
+    logits, _ = model(torch.tensor(prompts, device=args.device), reader.state)
+    return train_copy.share(logits[:, -1].argmax(-1).cpu() == torch.tensor(answers))
+
+
+class Reader:
+    """A model that reads segment after segment and keeps its state.
+
+    On a GPU a small model does not compute for most of the time: it waits for its kernels to be
+    launched, one by one. So a segment is recorded as a CUDA graph, which is launched at once.
+    """
+
+    def __init__(self, model, batch_size):
+        self.model = model
+        self.state = model.initial_state(batch_size)
+        self.graph = None
+        if self.state.memory.is_cuda:
+            self.record(batch_size)
+
+    def record(self, batch_size):
+        """Record how the state changes in place while the tokens in self.tokens are read."""
+        shape = batch_size, self.model.config.segment_len
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=self.state.memory.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # some kernels are set up when they first run
+            for _ in range(3):
+                self.model(self.tokens, self.state)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            _, state = self.model(self.tokens, self.state)
+            for old, new in zip(tree_leaves(self.state), tree_leaves(state), strict=True):
+                old.copy_(new)
+
+    def read(self, tokens):
+        """Read one segment (B, T)."""
+        if self.graph is None:
+            _, self.state = self.model(tokens, self.state)
+        else:
+            self.tokens.copy_(tokens)
+            self.graph.replay()
 
 
 # ==================================================================================================
@@ -1309,6 +1430,10 @@ def parse(argv):
     commands.add_parser("film", help="draw film.svg, as notebook 4 does")
     ages = commands.add_parser("ages", help="how far back runs of train_lm.py use their state")
     ages.add_argument("folders", type=Path, nargs="+")
+    far = commands.add_parser("far", help="facts in up to millions of tokens of noise")
+    far.add_argument("folders", type=Path, nargs="+")
+    far.add_argument("--tokens", type=train_copy.number(int, 100), nargs="+", default=LENGTHS)
+    far.add_argument("--device", type=train_copy.device, default="cpu", help="cpu or cuda")
     gathering = commands.add_parser("gather", help="put results into one record")
     gathering.add_argument("name")
     gathering.add_argument("files", type=Path, nargs="+")
@@ -1323,6 +1448,9 @@ def main(args):
         return
     if args.work == "ages":
         measure_ages(args.folders, args.results)
+        return
+    if args.work == "far":
+        measure_far(args.folders, args.tokens, args.device, args.results)
         return
     plt.switch_backend("Agg")
     plt.rcParams.update(STYLE)
