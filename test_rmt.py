@@ -2741,6 +2741,11 @@ print("threads:", *[path.read_text() for path in Path("/proc/self/task").glob("*
 # ------------------------------------------------------------------------------------------ a GPU
 
 
+def models_on_gpu(names):
+    """As `models`; without a GPU one test that is skipped, and not one for every model."""
+    return models(names if torch.cuda.is_available() else [])
+
+
 def on_both(name, **changes):
     """The same model twice: on the CPU and on the GPU."""
     model = build(name, **changes)
@@ -2751,7 +2756,7 @@ def on_both(name, **changes):
 class TestGPU:
     """What the CPU computes in float64, a GPU computes too."""
 
-    @models(MODELS)
+    @models_on_gpu(MODELS)
     @torch.backends.cudnn.flags(enabled=False)  # its GRU has gradients in training mode only
     def test_logits_state_and_gradients_are_those_of_the_cpu(self, name):
         tokens = text(2 * T + 3)
@@ -2765,7 +2770,7 @@ class TestGPU:
             results.append([t.cpu() for t in computed])
         assert_close(*results, tolerance=1e-9)
 
-    @models(DIAGONAL)
+    @models_on_gpu(DIAGONAL)
     def test_diagonals_equal_the_loop(self, name):
         _, model = on_both(name, n_layer=3)
         tokens = text(8 * T + 1).to("cuda")
@@ -2776,7 +2781,7 @@ class TestGPU:
             results.append([logits, *tree_leaves(state), *gradients_of(model)])
         assert_close(*results, tolerance=1e-9)
 
-    @models(CAUSAL)
+    @models_on_gpu(CAUSAL)
     def test_the_same_tokens_are_generated(self, name):
         on_cpu, on_gpu = on_both(name)
         prompt = text(T + 2)

@@ -404,6 +404,38 @@ CURRICULA = {  # two records of `python train_copy.py`
 }
 
 
+CAPACITY = {  # memory tokens of a width, by the floats that they have
+    "2 of 64": {"n_mem": 2, "d_model": 64},
+    "4 of 64": {"n_mem": 4, "d_model": 64},
+    "16 of 32": {"n_mem": 16, "d_model": 32},
+    "8 of 64": {"n_mem": 8, "d_model": 64},
+    "4 of 128": {"n_mem": 4, "d_model": 128},
+    "16 of 64": {"n_mem": 16, "d_model": 64},
+}
+
+
+def symbols(segments):
+    """The symbols that a sample of copy has to copy."""
+    return segments // 3 * 8
+
+
+def symbols_held(run):
+    """At the length where they are most: symbols copied, but for guesses."""
+    return max(pairs_held(right, symbols(n)) for n, right in by_length(run).items())
+
+
+def capacity_table(records):
+    """How much is copied with how large a memory."""
+    yield from header("memory tokens", "floats", "24 symbols", "40", "56", "64",
+                      "72, not trained", "symbols held", "CPU s")
+    for name, flags in CAPACITY.items():
+        runs = find(records["capacity"], **flags)
+        yield row(name, spread(all_of(runs, "state_floats"), 0),
+                  *(spread(at_length(runs, n)) for n in (9, 15, 21, 24, 27)),
+                  spread([symbols_held(run) for run in runs], 0),
+                  spread(all_of(runs, "cpu_seconds"), 0))
+
+
 def curriculum_table(records):
     """The default run of rmt, with the curriculum as it was before and as it is."""
     lengths = (3, 6, 9, 18, 36)
@@ -708,27 +740,28 @@ def ratio(number, digits=2):
     return f"{number:.{digits}f}".removeprefix("0")
 
 
-def benchmark(records, section, **cells):
-    """The rows of a section of benchmark.py's record that have these cells."""
+def benchmark(record, section, **cells):
+    """The rows of a section of a record of benchmark.py that have these cells."""
     found = []
-    for line in records["speed"]["sections"][section]["rows"]:
+    for line in record["sections"][section]["rows"]:
         if all(line.get(name) == value for name, value in cells.items()):
             found.append(line)
     return found
 
 
-def both_works(records, section, key, size):
+def both_works(record, section, key, size):
     """A ratio in training and in inference; nothing where it was not measured."""
     numbers = []
     for work in ("training", "inference"):
-        lines = benchmark(records, section, size=size, work=work)
+        lines = benchmark(record, section, size=size, work=work)
         numbers += [ratio(line[key]) for line in lines if key in line]
     return " / ".join(numbers)
 
 
-def speed_table(records):
+def speed_table(records, name="speed"):
     """Time of others over ours, and the share of the machine's rate that we reach."""
-    package = records["speed"]["about"]["versions"].get("recurrent_memory_transformer_pytorch", "")
+    record = records[name]
+    package = record["about"]["versions"].get("recurrent_memory_transformer_pytorch", "")
     contents = {
         "time of the authors' design (GPT-2 of `transformers`) over ours":
             ("peers", "GPT-2 / ours"),
@@ -740,8 +773,8 @@ def speed_table(records):
             ("ceiling", "share"),
     }
     yield from header("training / inference", *SIZES)
-    for name, (section, key) in contents.items():
-        yield row(name, *(both_works(records, section, key, size) for size in SIZES))
+    for content, (section, key) in contents.items():
+        yield row(content, *(both_works(record, section, key, size) for size in SIZES))
 
 
 DIAGONAL_SIZES = {
@@ -752,19 +785,19 @@ DIAGONAL_SIZES = {
 }
 
 
-def diagonal_table(records):
+def diagonal_table(records, name="speed"):
     """Time of unroll over time of unroll_diagonal."""
     yield from header("`armt` / `transformer_xl`", "batch 1, inference", "training",
                       "batch 8, inference", "training")
-    for size, name in DIAGONAL_SIZES.items():
+    for size, words in DIAGONAL_SIZES.items():
         cells = []
         for batch in (1, 8):
-            lines = benchmark(records, "diagonal", size=size, batch=batch)
+            lines = benchmark(records[name], "diagonal", size=size, batch=batch)
             for work in ("inference", "training"):
                 numbers = {line["variant"]: ratio(line[f"{work}, ratio"]) for line in lines}
                 both = [numbers.get(variant, "") for variant in ("armt", "transformer_xl")]
                 cells.append(" / ".join(both))
-        yield row(name, *cells)
+        yield row(words, *cells)
 
 
 def readme_table(records):
@@ -805,6 +838,7 @@ TABLES = {  # name in the READMEs: the function, and the records that it needs
     "readme": (readme_table, ["copying", "length", "associative", "language"]),
     "copying": (copying_table, ["copying"]),
     "curriculum": (curriculum_table, ["copying", "curriculum"]),
+    "capacity": (capacity_table, ["capacity"]),
     "length": (length_table, ["length"]),
     "associative": (associative_table, ["associative"]),
     "remember": (remember_table, ["associative"]),
@@ -817,7 +851,9 @@ TABLES = {  # name in the READMEs: the function, and the records that it needs
     "ages": (ages_table, ["ages"]),
     "family": (family_table, ["family"]),
     "speed": (speed_table, ["speed"]),
+    "speed-gpu": (partial(speed_table, name="speed-cuda"), ["speed-cuda"]),
     "diagonal": (diagonal_table, ["speed"]),
+    "diagonal-gpu": (partial(diagonal_table, name="speed-cuda"), ["speed-cuda"]),
 }
 
 
@@ -1207,6 +1243,35 @@ def draw_curriculum(records):
     return figure
 
 
+def draw_capacity(records):
+    """What is copied over the symbols to copy, and symbols held over the floats of the memory."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.4), layout="constrained")
+    blues = {2: "#9ECAE1", 4: "#5BA3D0", 8: BLUE, 16: "#08306B"}
+    widths = {64: (BLUE, "o", "-"), 32: (GREEN, "^", "-"), 128: (VERMILION, "s", "-")}
+    aside = {64: 0, 32: -25, 128: 25}
+    shade(left, symbols(3), symbols(24), "trained")
+    labelled = set()
+    for flags in CAPACITY.values():
+        runs = find(records["capacity"], **flags)
+        M, D = flags["n_mem"], flags["d_model"]
+        if D == 64:
+            seeds = [{symbols(n): share for n, share in by_length(run).items()} for run in runs]
+            plot_seeds(left, (blues[M], "o", "-"), seeds, f"{M} tokens")
+        held = [symbols_held(run) for run in runs]
+        label = None if D in labelled else f"width {D}"
+        labelled.add(D)
+        plot_points(right, widths[D], {M * D: held}, label, aside[D])
+    chance(left, 0.1, "guessing")
+    left.set(xlabel="symbols to copy", ylabel="answer symbols right", ylim=(0, 1.05),
+             xticks=range(8, 73, 16), title="copy with 2 to 16 tokens of width 64")
+    right.axhline(symbols(24), color=GREY, linestyle=(0, (1, 2)), label="the longest trained")
+    right.set(xlabel="floats handed on", ylabel="symbols held", ylim=(0, 72),
+              xticks=[128, 256, 512, 1024], title="by the size of the memory")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 0.13), fontsize=10)
+    right.legend(loc="lower right", fontsize=10)
+    return figure
+
+
 def draw_language(records):
     """Bits per character by position in the segment, and over bptt_depth."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained",
@@ -1341,6 +1406,7 @@ FIGURES = {  # name: the function, and the records that it needs
     "staircase": (draw_staircase, ["staircase"]),
     "length": (draw_length, ["length"]),
     "curriculum": (draw_curriculum, ["copying", "curriculum"]),
+    "capacity": (draw_capacity, ["capacity"]),
     "language": (draw_language, ["language"]),
     "forms": (draw_forms, ["forms", "copying", "length"]),
     "ages": (draw_ages, ["ages"]),
