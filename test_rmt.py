@@ -2883,6 +2883,49 @@ def test_ages_are_recorded_from_the_folders_of_runs(run_here, monkeypatch):
         figures.main(work)
 
 
+@pytest.mark.parametrize("task", train_copy.STORIES)
+def test_facts_far_away_are_those_of_the_task_and_read_in_one_stream(task):
+    """The same tokens in one piece, through unroll, and the answers of a reader of the text."""
+    args = task_arguments(task, "--segment-len 12")
+    words = train_copy.vocabulary(args)
+    model = build("armt", vocab_size=len(words), segment_len=12)
+    with torch.no_grad():  # it answers with places only, by what its memory says
+        model.head.weight[[word not in train_copy.PLACES for word in words]] = 0
+    with calls(model) as seen:
+        found = figures.right_after(args, model, 607)
+    *segments, question = [given[0] for given, _ in seen]
+    tokens = torch.cat([*segments, question], dim=1)
+    assert tokens.shape == (64, 600 + question.size(1))
+    logits, _ = unroll(model, tokens)
+    right = 0
+    places, used = set(), set()
+    for sample, answer in zip(tokens.tolist(), logits[:, -1].argmax(-1).tolist(), strict=True):
+        sample = [words[token] for token in sample]
+        solution, at = solve(task, sample, 1, 12)
+        right += [words[answer]] == solution
+        places |= at
+        used |= set(sample)
+    assert found == right / 64 > 0
+    assert len(places) > 40  # of the 50 segments, of which any may have facts
+    assert used >= {word for column in train_copy.NOISE_WORDS for word in column}
+
+
+def test_far_facts_are_recorded_from_the_folders_of_runs(run_here):
+    run_here(train_copy, f"{TINY} --task facts --baseline none --steps 2 --out a")
+    run_here(train_copy, f"{COPY} --baseline none --steps 2 --out b")
+    figures.main(figures.parse("--results . far a --tokens 60 600".split()))
+    (run,), = figures.read_records(Path(".")).values()
+    assert run["flags"]["task"] == "facts"
+    assert set(figures.result(run)) == {"60", "600"}
+    with pytest.raises(SystemExit, match="--tokens 35 must be at least 36 for the 6 facts"):
+        figures.main(figures.parse("--results . far a --tokens 35".split()))
+    with pytest.raises(SystemExit, match="the run in b is of --task copy and must be of facts"):
+        figures.main(figures.parse("--results . far b".split()))
+    Path("a/result.json").unlink()
+    with pytest.raises(SystemExit, match="the run in a is not finished"):
+        figures.main(figures.parse("--results . far a".split()))
+
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

@@ -35,7 +35,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import fields
@@ -87,6 +86,15 @@ def read_result(path):
     flags.update(flags.pop("config", {}))
     run["flags"] = {flag: value for flag, value in flags.items() if flag not in NO_SETTING}
     return run
+
+
+def finished(script, folder):
+    """The checkpoint and the result of a finished run of a script. One line if it is not."""
+    saved = script.load(folder)
+    if not (folder / "result.json").exists():
+        sys.exit(f"figures.py: error: the run in {folder} is not finished: "
+                 f"python {script.__name__}.py --resume {folder}")
+    return saved, read_result(folder / "result.json")
 
 
 def write_record(name, runs, folder=RESULTS):
@@ -163,11 +171,7 @@ def measure_ages(folders, to=RESULTS):
     """Write the record ages.json from the folders of finished runs of train_lm.py."""
     runs = []
     for folder in folders:
-        saved = train_lm.load(folder)
-        if not (folder / "result.json").exists():
-            sys.exit(f"figures.py: error: the run in {folder} is not finished: "
-                     f"python train_lm.py --resume {folder}")
-        run = read_result(folder / "result.json")
+        saved, run = finished(train_lm, folder)
         args = Namespace(**saved["settings"])
         args.device = "cpu"
         text = train_lm.Text(train_lm.read(args.data))
@@ -230,34 +234,40 @@ def bits_by_age(model, part):
 # Far: facts scattered in up to millions of tokens of noise
 
 
-LENGTHS = [10**5, 10**6]  # tokens, where none are named
-N_SAMPLES = 64            # side by side
+N_SAMPLES = 64   # side by side
+MOST_FACTS = 6   # of a sample, as in train_copy.py
 
 
 def measure_far(folders, lengths, device, to=RESULTS):
     """Write the record far.json from the folders of finished runs of train_copy.py."""
     runs = []
     for folder in folders:
-        saved = train_copy.load(folder)
+        saved, run = finished(train_copy, folder)
         args = Namespace(**saved["settings"])
-        if args.task not in train_copy.STORIES:
-            sys.exit(f"figures.py: error: the run in {folder} is of --task {args.task} and must be "
-                     f"of {', '.join(train_copy.STORIES)}")
         args.device = device
+        check_far(args, folder, lengths)
         model = train_copy.build(args, args.model)
         model.load_state_dict(saved["runs"][args.model]["model"])
-        run = read_result(folder / "result.json")
         run["results"] = {args.model: {}}
         for length in lengths:
-            started = time.perf_counter()
             right = right_after(args, model.eval(), length)
-            seconds = time.perf_counter() - started
-            run["results"][args.model][length] = {"right": right, "samples": N_SAMPLES,
-                                                  "seconds": round(seconds, 1)}
-            print(f"{folder}, {length} tokens: {right:.3f} right, {seconds:.0f} s", flush=True)
+            run["results"][args.model][length] = right
+            print(f"{folder}: {right:.3f} right after {length:,} tokens", flush=True)
         run["read on"] = train_copy.hardware(args)
         runs.append(run)
     write_record("far", runs, to)
+
+
+def check_far(args, folder, lengths):
+    """One line unless a run is of a task with stories, and its facts have room."""
+    if args.task not in train_copy.STORIES:
+        sys.exit(f"figures.py: error: the run in {folder} is of --task {args.task} and must be "
+                 f"of {', '.join(train_copy.STORIES)}")
+    T = args.segment_len
+    least = T * math.ceil(MOST_FACTS * train_copy.SENTENCE / T)
+    if min(lengths) < least:
+        sys.exit(f"figures.py: error: --tokens {min(lengths)} must be at least {least} for the "
+                 f"{MOST_FACTS} facts of a sample, in segments of {T}")
 
 
 @torch.no_grad()
@@ -281,7 +291,7 @@ def right_after(args, model, n_tokens):
     told = {}  # segment: [(sample, sentence of the segment, its tokens)]
     prompts, answers = [], []
     for i in range(N_SAMPLES):
-        facts, questions = train_copy.STORIES[args.task](rng, rng.randint(2, 6))
+        facts, questions = train_copy.STORIES[args.task](rng, rng.randint(2, MOST_FACTS))
         question, answer = rng.choice(questions)
         prompts.append([words(word) for word in question.split()])
         answers.append(words(answer))
@@ -1498,7 +1508,8 @@ def parse(argv):
     ages.add_argument("folders", type=Path, nargs="+")
     far = commands.add_parser("far", help="facts in up to millions of tokens of noise")
     far.add_argument("folders", type=Path, nargs="+")
-    far.add_argument("--tokens", type=train_copy.number(int, 100), nargs="+", default=LENGTHS)
+    far.add_argument("--tokens", type=train_copy.number(int, 1), nargs="+", default=[10**5, 10**6],
+                     metavar="N", help="default: 100,000 and a million")
     far.add_argument("--device", type=train_copy.device, default="cpu", help="cpu or cuda")
     gathering = commands.add_parser("gather", help="put results into one record")
     gathering.add_argument("name")
