@@ -1766,7 +1766,7 @@ TASKS = {  # flags, and what no sample holds: the blank, which is for encoders, 
     "copy": ("--segments 6 --segment-len 4", "? _"),
     "reverse": ("--segments 4 --segment-len 4", "? _"),
     "retrieval": ("--segments 4 --segment-len 6", "_"),
-    "remember": ("--segments 9 --segment-len 3", "| ? _"),
+    "remember": ("--segments 9 --segment-len 3 --questions 1", "| ? _"),
     "rewrite": ("--segments 9 --segment-len 3 --keys 64", "| ? _"),
     "memorize": ("--segments 5 --segment-len 8", "_"),
     "detect": ("--segments 5 --segment-len 8", "_"),
@@ -1890,11 +1890,12 @@ class TestTasks:
         assert found == nowhere_or_first.get(task, set(range(S - 1)))
 
     @pytest.mark.parametrize("task, before", [  # words of a question before its answer
-        ("retrieval", 2), ("remember", 1), ("rewrite", 1), ("facts", 3), ("two-facts", 4),
-        ("relations", 5)])
+        ("retrieval", 2), ("remember", 1), ("facts", 3), ("two-facts", 4), ("relations", 5)])
     def test_every_question_has_its_answer_and_none_is_asked_twice(self, task, before):
+        """Where there are fewer things than questions, blanks come first."""
         args = task_arguments(task, "--questions 3")
-        distance = 6 if task in train_copy.STORIES else args.segment_len
+        stories = task in train_copy.STORIES
+        distance = 6 if stories else args.segment_len
         body = (args.segments - 1) * args.segment_len
         generator = torch.Generator().manual_seed(0)
         inputs, targets = train_copy.sample(args, build(), args.segments, 200, generator)
@@ -1910,19 +1911,22 @@ class TestTasks:
             asked = []
             for start in (0, distance, 2 * distance):
                 question = sample[body:][start:start + before]
-                asked.append(tuple(question))
-                n = 1 if task in train_copy.STORIES else target.index(train_copy.NO_TARGET)
-                answer, _ = solve(task, sample[:body] + question, n, args.segment_len)
-                assert [words[token] for token in target[start:start + n]] == answer
+                n = 1 if stories else target.index(train_copy.NO_TARGET)
+                answer = [words[token] for token in target[start:start + n]]
                 assert set(target[start + n:start + distance]) <= {train_copy.NO_TARGET}
                 if start < 2 * distance:  # the next question comes after the right answer
                     assert sample[body + start + before:][:n] == answer
-            if task != "rewrite":  # where a key may come again
-                n_things = things[task](sample[:body]) if task in things else args.segments - 1
-                assert len(set(asked)) == min(3, n_things)
+                if question[0] == "_":
+                    assert question + answer == ["_"] * (before + 1) and not asked
+                else:
+                    solution, _ = solve(task, sample[:body] + question, n, args.segment_len)
+                    assert answer == solution
+                    asked.append(tuple(question))
+            n_things = things[task](sample[:body]) if stories else args.segments - 1
+            assert len(set(asked)) == len(asked) == min(3, n_things)
 
     @pytest.mark.parametrize("task", ["remember", "facts"])
-    def test_there_are_no_more_questions_than_things_to_ask_for(self, task):
+    def test_there_are_no_more_questions_than_pairs_or_sentences(self, task):
         args = task_arguments(task, "--questions 1000")
         generator = torch.Generator().manual_seed(0)
         _, targets = train_copy.sample(args, build(), 2, 8, generator)
@@ -2107,6 +2111,35 @@ class TestTrainCopy:
         assert scores["teacher_forced"] == scores["free_running"] == 0
         train_copy.train(args, run, "rmt", lambda: None)
         assert run.accuracy[6] == 0
+
+    def test_what_stands_between_answers_is_no_part_of_the_scores(self):
+        flags = "--symbols 2 --segments 3 --questions 2 --curriculum fixed --steps 1"
+        args = arguments(train_copy, f"{TINY} --task remember {flags}")
+        run = train_copy.new_run(args, "armt")
+        with torch.no_grad():  # it writes one symbol, whatever it reads
+            run.model.norm.weight.zero_()
+            run.model.norm.bias = nn.Parameter(torch.ones(16))
+            run.model.head.weight[train_copy.SYMBOL] = 1.0
+        train_copy.train(args, run, "armt", lambda: None)
+        generator = torch.Generator().manual_seed(0)
+        torch.randint(1, (), generator=generator)  # the curriculum chooses among one length
+        tokens, _ = train_copy.remember(args, 3, args.batch, generator)
+        answers = tokens[:, [5, 7]]  # two pairs; key, value; key, value
+        right = (answers == train_copy.SYMBOL).double().mean().item()
+        assert right > 0
+        assert run.accuracy[3] == pytest.approx(0.05 * right)
+
+    def test_evaluation_asks_one_question(self):
+        model = build("armt", vocab_size=200, segment_len=2)
+        seen = []
+        for flags in ("--questions 1", "--questions 8"):
+            args = arguments(train_copy, f"{TINY} --task remember {flags}")
+            scores, samples = train_copy.evaluate(args, model, 9)
+            seen.append((scores, samples))
+        (scores, (inputs, targets, _)), (others, (other_inputs, other_targets, _)) = seen
+        assert scores == others
+        assert torch.equal(inputs, other_inputs) and torch.equal(targets, other_targets)
+        assert inputs.size(1) == 17
 
     def test_controls_equal_loops_by_hand(self, run_here):
         """A control that hands the state on untouched would say that memory is worth nothing."""
@@ -2788,6 +2821,16 @@ class TestGPU:
         new = generate(on_gpu, prompt.to("cuda"), 2 * T, temperature=0)
         assert torch.equal(new.cpu(), generate(on_cpu, prompt, 2 * T, temperature=0))
 
+    @models_on_gpu(["rmt", "armt", "transformer_xl"])
+    def test_a_recorded_segment_is_read_like_any_other(self, name):
+        _, model = on_both(name)
+        tokens = text(5 * T).to("cuda")
+        reader = figures.Reader(model, 2)
+        for segment in tokens.split(T, dim=1):
+            reader.read(segment)
+        _, state = unroll(model, tokens)
+        assert_close(tree_leaves(reader.state), tree_leaves(state), tolerance=1e-9)
+
     def test_a_token_out_of_range_is_refused_before_the_gpu_sees_it(self):
         """There it would be an assertion of the device, after which the process can do nothing."""
         _, model = on_both("rmt")
@@ -2835,7 +2878,8 @@ def test_the_readme_is_true():
 
 
 @pytest.mark.parametrize("name", ["rmt", "rmt_xl", "transformer_xl"])
-def test_bits_by_the_age_of_the_state_equal_a_loop_over_one_stream_at_a_time(name, monkeypatch):
+def test_bits_by_the_age_of_the_state_equal_a_loop_over_one_stream_at_a_time(
+        name, monkeypatch, capsys):
     monkeypatch.setattr(figures, "FROZEN", [0, 1, 4])
     monkeypatch.setattr(figures, "HISTORY", [0, 1, 3])
     monkeypatch.setattr(figures, "N_STREAMS", 2)
@@ -2859,11 +2903,12 @@ def test_bits_by_the_age_of_the_state_equal_a_loop_over_one_stream_at_a_time(nam
     for kind, total in nats.items():
         for n, mean in total.items():
             assert found[kind][n] == pytest.approx(mean / math.log(2), rel=1e-9)
-    with pytest.raises(SystemExit, match="has 4 segments in each of 2 streams, and must have more"):
+    with pytest.raises(SystemExit):
         figures.bits_by_age(model, part[:2 * 4 * T + 3])
+    assert "has 4 segments in each of 2 streams, and must have more" in capsys.readouterr().err
 
 
-def test_ages_are_recorded_from_the_folders_of_runs(run_here, monkeypatch):
+def test_ages_are_recorded_from_the_folders_of_runs(run_here, monkeypatch, capsys):
     monkeypatch.setattr(figures, "FROZEN", [0, 1])
     monkeypatch.setattr(figures, "HISTORY", [0, 1])
     run_here(train_lm, f"{LANGUAGE} --baseline none --steps 2 --out a")
@@ -2876,11 +2921,13 @@ def test_ages_are_recorded_from_the_folders_of_runs(run_here, monkeypatch):
     assert ages["frozen"]["0"] > 0
     assert ages["history"]["1"] > 0
     Path("a.txt").write_text("another text" * 1000, encoding="utf-8")
-    with pytest.raises(SystemExit, match="a was trained on another text than the"):
+    with pytest.raises(SystemExit, match="2"):
         figures.main(work)
+    assert "a was trained on another text than the" in capsys.readouterr().err
     Path("a/result.json").unlink()
-    with pytest.raises(SystemExit, match="the run in a is not finished"):
+    with pytest.raises(SystemExit, match="2"):
         figures.main(work)
+    assert "the run in a is not finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", train_copy.STORIES)
@@ -2910,20 +2957,31 @@ def test_facts_far_away_are_those_of_the_task_and_read_in_one_stream(task):
     assert used >= {word for column in train_copy.NOISE_WORDS for word in column}
 
 
-def test_far_facts_are_recorded_from_the_folders_of_runs(run_here):
+def test_far_facts_are_recorded_from_the_folders_of_runs(run_here, capsys):
     run_here(train_copy, f"{TINY} --task facts --baseline none --steps 2 --out a")
     run_here(train_copy, f"{COPY} --baseline none --steps 2 --out b")
-    figures.main(figures.parse("--results . far a --tokens 60 600".split()))
-    (run,), = figures.read_records(Path(".")).values()
-    assert run["flags"]["task"] == "facts"
-    assert set(figures.result(run)) == {"60", "600"}
-    with pytest.raises(SystemExit, match="--tokens 35 must be at least 36 for the 6 facts"):
-        figures.main(figures.parse("--results . far a --tokens 35".split()))
-    with pytest.raises(SystemExit, match="the run in b is of --task copy and must be of facts"):
-        figures.main(figures.parse("--results . far b".split()))
+
+    def read_far(flags, error=""):
+        capsys.readouterr()
+        status = 0
+        try:
+            figures.main(figures.parse(f"--results . far {flags}".split()))
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr().err
+        assert (status, error in printed) == (2 if error else 0, True), printed
+
+    read_far("b --tokens 60", "the run in b is of --task copy and must be of facts, two-facts")
+    read_far("a --tokens 60 30", "--tokens 30 must be at least 36, or 6 facts have no room in "
+             "segments of 6, as in a")
+    read_far("a b --tokens 60", "the run in b")
+    assert not Path("far.json").exists()
+    read_far("a --tokens 60 600")
+    records = figures.read_records(Path("."))
+    assert records["far"][0]["flags"]["task"] == "facts"
+    assert set(figures.result(records["far"][0])) == {"60", "600"}
     Path("a/result.json").unlink()
-    with pytest.raises(SystemExit, match="the run in a is not finished"):
-        figures.main(figures.parse("--results . far a".split()))
+    read_far("a --tokens 60", "the run in a is not finished: python train_copy.py --resume a")
 
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

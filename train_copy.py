@@ -35,7 +35,7 @@ from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count, cycle, islice, pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -53,8 +53,9 @@ from rmt import RMT, VARIANTS, AssociativeBlock, Config, attention_maps, generat
 # are scored. The examples have 4 tokens a segment, unless they say otherwise; segments are set
 # apart by spaces, and a dot is an output that is not scored.
 #
-# Tasks that ask for one of many things can ask several questions about a sample (--questions), one
-# after the other, with their answers at equal distances: see `answers_of`.
+# Where many things can be asked for, one question teaches little. So the tasks in ASKING can ask
+# several (--questions), one after the other, with answers at equal distances: see `answers_of`.
+# Nothing is asked for twice, or a model would learn to look for the earlier answer.
 
 MARK, QUESTION, BLANK = range(3)  # written | ? _
 SYMBOL = 3                        # the first of --symbols symbols; keys or noise come after them
@@ -142,7 +143,7 @@ def choose_pairs(args, keys, values, generator):
     batch, n_pairs = keys.shape
     first = torch.randint(n_pairs, (batch, 1), generator=generator)
     chosen = first
-    if args.questions > 1:  # none of them twice: an answer would be found in an earlier question
+    if args.questions > 1:
         n = min(args.questions, n_pairs)
         further = 1 + draw_distinct(n_pairs - 1, n - 1, batch, generator)
         chosen = torch.cat([first, (first + further) % n_pairs], dim=1)
@@ -275,7 +276,11 @@ def facts(args, segments, batch, generator):
         input    mary went to the office .   the old river meets trees .   where is mary
         target   .    .    .  .   .      .   .   .   .     .     .     .   .     .  office
 
-    The tasks two-facts and relations are the same with other stories.
+    The tasks two-facts and relations are the same with other stories. Three questions about two
+    people (blanks are no part of the scores):
+
+        input    ...   _ _ _ _ . .   where is mary office . .   where is john
+        target   ...   . . . _ . .   .     .  office .    . .   .     .  garden
     """
     rng = random.Random(torch.randint(2**62, (), generator=generator).item())
     n_sentences = (segments - 1) * args.segment_len // SENTENCE
@@ -284,16 +289,18 @@ def facts(args, segments, batch, generator):
         sentences = [" ".join(map(rng.choice, NOISE_WORDS)) for _ in range(n_sentences)]
         n_facts = rng.randint(min(2, n_sentences), min(6, n_sentences))
         told, questions = STORIES[args.task](rng, n_facts)
-        asked = rng.sample(questions, min(n_questions(args, segments), len(questions)))
+        n = n_questions(args, segments)
+        asked = rng.sample(questions, min(n, len(questions)))
+        question, _ = asked[0]
+        blank = " ".join("_" for _ in question.split()), "_"
+        asked = [blank] * (n - len(asked)) + asked  # where there are fewer things to ask for
         places = sorted(rng.sample(range(n_sentences), len(told)))
         for place, sentence in zip(places, told, strict=True):
             sentences[place] = sentence
         words = " ".join(sentences).split()
-        for question, answer in islice(cycle(asked), n_questions(args, segments)):
+        for question, answer in asked:
+            words += ["."] * (-len(words) % SENTENCE)  # a question is as long as a sentence
             words += [*question.split(), answer]
-            fill = ["."] * (-len(words) % SENTENCE)
-            words += fill
-        words = words[:len(words) - len(fill)]  # the last answer ends the sample
         samples.append([NUMBER[word] for word in words])
     return torch.tensor(samples), 1
 
@@ -334,7 +341,7 @@ TASKS = {
     "rewrite": rewrite, "memorize": memorize, "detect": detect, "facts": facts,
     "two-facts": facts, "relations": facts, "quadratic": quadratic,
 }
-ASKING = {"retrieval", "remember", "rewrite", *STORIES}  # tasks with --questions
+ASKING = ["retrieval", "remember", *STORIES]  # tasks with --questions
 MULTIPLE = {"copy": 3, "reverse": 2, "quadratic": 6}  # segments come in multiples of these
 
 
@@ -344,7 +351,7 @@ def answer_distance(args):
 
 
 def n_questions(args, segments):
-    """How many questions are asked about a sample: no more than it has pairs or sentences."""
+    """How many questions are asked about a sample: at most one for each pair or sentence."""
     return min(args.questions, (segments - 1) * args.segment_len // answer_distance(args))
 
 
@@ -381,7 +388,8 @@ def check_sizes(args):
     least = {"retrieval": 4, "facts": 6, "two-facts": 12, "relations": 6}.get(args.task, 2)
     multiple = MULTIPLE.get(args.task, 1)
     if args.questions > 1 and args.task not in ASKING:
-        raise ValueError(f"--questions {args.questions} must be 1 for --task {args.task}")
+        raise ValueError(f"--questions {args.questions} must be 1 for --task {args.task}; more are "
+                         f"for {', '.join(ASKING)}")
     if T < least:
         raise ValueError(f"--segment-len {T} must be at least {least} for --task {args.task}")
     if args.task in STORIES and T % SENTENCE != 0:
@@ -442,7 +450,7 @@ RECIPES = {
     "memorize": FACTS | {"segments": 8},
     "detect": FACTS | {"segments": 8, "steps": 2000, "config": {"memory_noise": 0.6}},
     "retrieval": FACTS | {"segments": 3, "segment_len": 4, "batch": 64, "config": {}},
-    "remember": PAIRS | {"segments": 9},
+    "remember": PAIRS | {"segments": 9, "questions": 8, "steps": 1000},
     "rewrite": PAIRS | {"segments": 13, "keys": 4, "n_mem": 2, "batch": 32, "steps": 600,
                         "lr": 2e-3, "curriculum": "random", "config": {"write_slot": "both"}},
     "facts": PAIRS | {"segments": 8, "segment_len": 6, "steps": 800},
@@ -470,7 +478,7 @@ def parse(argv):
     flag("--segment-len", type=number(int, 1), help="T, tokens per segment")
     flag("--curriculum", choices=["grow", "random", "fixed"], help="segments of a training sample")
     flag("--questions", type=number(int, 1, 1000), default=1,
-         help="about every training sample, of the tasks that ask for one of many things")
+         help=f"questions about each training sample of {', '.join(ASKING)}")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", choices=VARIANTS, help="a row of VARIANTS in rmt.py")
@@ -587,7 +595,7 @@ NO_TARGET = -100  # of an output between two answers: cross_entropy leaves it ou
 
 
 def answers_of(args, tokens, n, segments):
-    """The targets (B, n, or more where there are several questions) of the last outputs."""
+    """All from the first answer to the last one, of n tokens each; NO_TARGET between them."""
     distance = answer_distance(args)
     targets = tokens[:, -n - (n_questions(args, segments) - 1) * distance:].clone()
     places = torch.arange(targets.size(1))  # an answer takes the first n of every distance
@@ -596,7 +604,10 @@ def answers_of(args, tokens, n, segments):
 
 
 def sample(args, model, segments, batch, generator):
-    """Inputs (B, length), and targets (B, n), which belong to the last n outputs."""
+    """Inputs (B, length), and targets (B, n), which belong to the last n outputs.
+
+    Between two answers, the targets are NO_TARGET.
+    """
     tokens, n = TASKS[args.task](args, segments, batch, generator)
     inputs = tokens[:, :-1].to(args.device)
     targets = answers_of(args, tokens, n, segments).to(args.device)

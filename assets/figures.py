@@ -17,7 +17,7 @@
     python assets/figures.py ages FOLDER...
         Find out how far back models use their state, from the folders of finished runs of
         train_lm.py, and put it into the record assets/results/ages.json.
-    python assets/figures.py far FOLDER... [--tokens N...] [--device cuda]
+    python assets/figures.py far FOLDER... --tokens N... [--device cuda]
         Let models find facts in up to millions of tokens, from the folders of finished runs of
         train_copy.py --task facts, and put it into the record assets/results/far.json.
 
@@ -88,12 +88,18 @@ def read_result(path):
     return run
 
 
+def fail(message):
+    """End with one line and exit status 2."""
+    print(f"figures.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def finished(script, folder):
-    """The checkpoint and the result of a finished run of a script. One line if it is not."""
+    """The checkpoint and the result of a finished run of a script. Exits with a line if not."""
     saved = script.load(folder)
     if not (folder / "result.json").exists():
-        sys.exit(f"figures.py: error: the run in {folder} is not finished: "
-                 f"python {script.__name__}.py --resume {folder}")
+        fail(f"the run in {folder} is not finished: "
+             f"python {script.__name__}.py --resume {folder}")
     return saved, read_result(folder / "result.json")
 
 
@@ -176,7 +182,7 @@ def measure_ages(folders, to=RESULTS):
         args.device = "cpu"
         text = train_lm.Text(train_lm.read(args.data))
         if text.sha256 != saved["sha256"]:
-            sys.exit(f"figures.py: error: {folder} was trained on another text than the "
+            fail(f"{folder} was trained on another text than the "
                      f"{' '.join(args.data)} of today, of sha256 {saved['sha256']}")
         model = train_lm.build(args, args.model, len(text.vocabulary))
         model.load_state_dict(saved["runs"][args.model]["model"])
@@ -196,7 +202,7 @@ def bits_by_age(model, part):
     n_segments = (rows.size(1) - 1) // T
     first = max(FROZEN)
     if n_segments <= first:
-        sys.exit(f"figures.py: error: the test part has {n_segments} segments in each of "
+        fail(f"the test part has {n_segments} segments in each of "
                  f"{N_STREAMS} streams, and must have more than {first}: take a longer text")
     inputs = rows[:, :n_segments * T].split(T, dim=1)
     targets = rows[:, 1:n_segments * T + 1].split(T, dim=1)
@@ -240,34 +246,37 @@ MOST_FACTS = 6   # of a sample, as in train_copy.py
 
 def measure_far(folders, lengths, device, to=RESULTS):
     """Write the record far.json from the folders of finished runs of train_copy.py."""
-    runs = []
-    for folder in folders:
+    found = []
+    for folder in folders:  # all are checked before the first is read
         saved, run = finished(train_copy, folder)
-        args = Namespace(**saved["settings"])
-        args.device = device
+        args = Namespace(**saved["settings"] | {"device": device})
         check_far(args, folder, lengths)
         model = train_copy.build(args, args.model)
         model.load_state_dict(saved["runs"][args.model]["model"])
         run["results"] = {args.model: {}}
+        run["read on"] = train_copy.hardware(args)
+        found.append((folder, args, model.eval(), run))
+    runs = []
+    for folder, args, model, run in found:
+        torch.set_num_threads(args.threads)
+        runs.append(run)
         for length in lengths:
-            right = right_after(args, model.eval(), length)
+            right = right_after(args, model, length)
             run["results"][args.model][length] = right
             print(f"{folder}: {right:.3f} right after {length:,} tokens", flush=True)
-        run["read on"] = train_copy.hardware(args)
-        runs.append(run)
-    write_record("far", runs, to)
+            write_record("far", runs, to)
 
 
 def check_far(args, folder, lengths):
-    """One line unless a run is of a task with stories, and its facts have room."""
+    """Exit with one line unless a run is of a task with stories, and their facts have room."""
     if args.task not in train_copy.STORIES:
-        sys.exit(f"figures.py: error: the run in {folder} is of --task {args.task} and must be "
-                 f"of {', '.join(train_copy.STORIES)}")
+        fail(f"the run in {folder} is of --task {args.task} and must be of "
+             f"{', '.join(train_copy.STORIES)}")
     T = args.segment_len
     least = T * math.ceil(MOST_FACTS * train_copy.SENTENCE / T)
     if min(lengths) < least:
-        sys.exit(f"figures.py: error: --tokens {min(lengths)} must be at least {least} for the "
-                 f"{MOST_FACTS} facts of a sample, in segments of {T}")
+        fail(f"--tokens {min(lengths)} must be at least {least}, or {MOST_FACTS} facts have no room "
+             f"in segments of {T}, as in {folder}")
 
 
 @torch.no_grad()
@@ -278,54 +287,60 @@ def right_after(args, model, n_tokens):
     """
     rng = random.Random(args.seed)
     generator = torch.Generator(args.device).manual_seed(args.seed + 2**31)
-    words = train_copy.WORDS.index
-    choices = [[words(word) for word in choice] for choice in train_copy.NOISE_WORDS]
-    most = max(map(len, choices))
+    columns = [numbers(choice) for choice in train_copy.NOISE_WORDS]
+    most = max(map(len, columns))
     # A sentence takes one word of each column; those with a single choice have it several times.
-    noise = torch.tensor([(column * most)[:most] for column in choices], device=args.device)
-    width = len(choices)
-    columns = torch.arange(width, device=args.device)
+    noise = torch.tensor([(column * most)[:most] for column in columns], device=args.device)
+    width = train_copy.SENTENCE
+    places_of_words = torch.arange(width, device=args.device)
     per_segment = args.segment_len // width
     n_segments = n_tokens // args.segment_len
 
-    told = {}  # segment: [(sample, sentence of the segment, its tokens)]
+    told = {}  # segment: [((sample, sentence of the segment), its tokens), ...]
     prompts, answers = [], []
     for i in range(N_SAMPLES):
         facts, questions = train_copy.STORIES[args.task](rng, rng.randint(2, MOST_FACTS))
         question, answer = rng.choice(questions)
-        prompts.append([words(word) for word in question.split()])
-        answers.append(words(answer))
+        prompts.append(numbers(question.split()))
+        answers += numbers([answer])
         places = sorted(rng.sample(range(n_segments * per_segment), len(facts)))
         for place, fact in zip(places, facts, strict=True):
-            tokens = [words(word) for word in fact.split()]
-            told.setdefault(place // per_segment, []).append((i, place % per_segment, tokens))
+            where = i, place % per_segment
+            told.setdefault(place // per_segment, []).append((where, numbers(fact.split())))
 
     reader = Reader(model, N_SAMPLES)
     for segment in tqdm(range(n_segments), f"{n_tokens} tokens", leave=False, disable=None):
         shape = N_SAMPLES, per_segment, width
         picked = torch.randint(most, shape, generator=generator, device=args.device)
-        sentences = noise[columns, picked]
-        for i, place, tokens in told.get(segment, []):
-            sentences[i, place] = torch.tensor(tokens, device=args.device)
+        sentences = noise[places_of_words, picked]
+        for where, tokens in told.get(segment, []):
+            sentences[where] = torch.tensor(tokens, device=args.device)
         reader.read(sentences.flatten(1))
     logits, _ = model(torch.tensor(prompts, device=args.device), reader.state)
     return train_copy.share(logits[:, -1].argmax(-1).cpu() == torch.tensor(answers))
 
 
+def numbers(words):
+    """The tokens of some words of a story."""
+    return [train_copy.NUMBER[word] for word in words]
+
+
 class Reader:
-    """A model that reads segment after segment and keeps its state.
+    """A model that reads segment after segment, without gradient, and keeps its state.
 
     On a GPU a small model does not compute for most of the time: it waits for its kernels to be
-    launched, one by one. So a segment is recorded as a CUDA graph, which is launched at once.
+    launched, one by one. So a segment is recorded as a CUDA graph, which is launched at once; but
+    for a model with a cache, whose state grows.
     """
 
     def __init__(self, model, batch_size):
         self.model = model
         self.state = model.initial_state(batch_size)
         self.graph = None
-        if self.state.memory.is_cuda:
+        if self.state.memory.is_cuda and model.n_cache == 0:
             self.record(batch_size)
 
+    @torch.no_grad()
     def record(self, batch_size):
         """Record how the state changes in place while the tokens in self.tokens are read."""
         shape = batch_size, self.model.config.segment_len
@@ -342,6 +357,7 @@ class Reader:
             for old, new in zip(tree_leaves(self.state), tree_leaves(state), strict=True):
                 old.copy_(new)
 
+    @torch.no_grad()
     def read(self, tokens):
         """Read one segment (B, T)."""
         if self.graph is None:
@@ -489,9 +505,9 @@ ASSOCIATIVE_LENGTHS = {  # segments of a sample: as in training, and longer
 }
 
 
-def associative(records, task, name):
+def associative(records, task, name, record="associative"):
     """The runs of one task and one model of ASSOCIATIVE."""
-    runs = find(records["associative"], task=task, **ASSOCIATIVE[name])
+    runs = find(records[record], task=task, **ASSOCIATIVE[name])
     if name == "`rmt`, as large":
         return [run for run in runs if setting(run, "n_mem") > 8]
     return runs
@@ -519,15 +535,18 @@ def associative_table(records):
 
 
 def remember_table(records):
-    """How many pairs of a key and a value are held."""
-    yield from header("`--model`, `update`", "floats", "8 pairs", "16", "32", "64",
+    """How many pairs of a key and a value are held, by the questions about a training sample."""
+    yield from header("`--model`, `update`", "questions", "floats", "8 pairs", "16", "32", "64",
                       "pairs held of 64", "CPU s")
-    for name in ASSOCIATIVE:
-        runs = associative(records, "remember", name)
-        cells = [spread(at_length(runs, n)) for n in ASSOCIATIVE_LENGTHS["remember"]]
-        held = [pairs_held(accuracy, 64) for accuracy in at_length(runs, 65)]
-        yield row(name, spread(all_of(runs, "state_floats"), 0), *cells, spread(held, 0),
-                  spread(all_of(runs, "cpu_seconds"), 0))
+    for questions, record in (8, "questions"), (1, "associative"):
+        for name in ASSOCIATIVE:
+            runs = associative(records, "remember", name, record)
+            if not runs:
+                continue
+            cells = [spread(at_length(runs, n)) for n in ASSOCIATIVE_LENGTHS["remember"]]
+            held = [pairs_held(accuracy, 64) for accuracy in at_length(runs, 65)]
+            yield row(name, questions, spread(all_of(runs, "state_floats"), 0), *cells,
+                      spread(held, 0), spread(all_of(runs, "cpu_seconds"), 0))
 
 
 RECIPE = {  # of train_lm.py
@@ -851,7 +870,7 @@ TABLES = {  # name in the READMEs: the function, and the records that it needs
     "capacity": (capacity_table, ["capacity"]),
     "length": (length_table, ["length"]),
     "associative": (associative_table, ["associative"]),
-    "remember": (remember_table, ["associative"]),
+    "remember": (remember_table, ["associative", "questions"]),
     "language": (language_table, ["language"]),
     "language-others": (language_others_table, ["language"]),
     "language-first": (language_first_table, ["language"]),
@@ -1392,8 +1411,12 @@ def draw_associative(records):
 def draw_associative_task(records, axis, task, names):
     """One panel of draw_associative."""
     longest = ASSOCIATIVE_LENGTHS[task][0]
+    record = "questions" if task == "remember" else "associative"
     for name in names:
-        seeds = [thinned(by_length(run), longest) for run in associative(records, task, name)]
+        runs = associative(records, task, name, record)
+        if not runs:  # with several questions not all were trained
+            runs = associative(records, task, name)
+        seeds = [thinned(by_length(run), longest) for run in runs]
         if task == "remember":
             seeds = [{n - 1: share for n, share in seed.items()} for seed in seeds]
         plot_seeds(axis, look(name), seeds, name.replace("`", ""))
@@ -1421,15 +1444,14 @@ FIGURES = {  # name: the function, and the records that it needs
     "forms": (draw_forms, ["forms", "copying", "length"]),
     "ages": (draw_ages, ["ages"]),
     "family": (draw_family, ["family"]),
-    "associative": (draw_associative, ["associative"]),
+    "associative": (draw_associative, ["associative", "questions"]),
 }
 
 
 def draw_attention(folder):
     """What the rows of a finished run of train_copy.py look at, in a fresh sample."""
     saved = train_copy.load(folder)
-    args = Namespace(**saved["settings"])
-    args.device = "cpu"
+    args = Namespace(**saved["settings"] | {"device": "cpu", "questions": 1})
     model = train_copy.build(args, args.model)
     model.load_state_dict(saved["runs"][args.model]["model"])
     model.eval()
@@ -1508,8 +1530,8 @@ def parse(argv):
     ages.add_argument("folders", type=Path, nargs="+")
     far = commands.add_parser("far", help="facts in up to millions of tokens of noise")
     far.add_argument("folders", type=Path, nargs="+")
-    far.add_argument("--tokens", type=train_copy.number(int, 1), nargs="+", default=[10**5, 10**6],
-                     metavar="N", help="default: 100,000 and a million")
+    far.add_argument("--tokens", type=train_copy.number(int, 1), nargs="+", required=True,
+                     metavar="N", help="to read before the question, as far as they fill segments")
     far.add_argument("--device", type=train_copy.device, default="cpu", help="cpu or cuda")
     gathering = commands.add_parser("gather", help="put results into one record")
     gathering.add_argument("name")
