@@ -275,8 +275,8 @@ def check_far(args, folder, lengths):
     T = args.segment_len
     least = T * math.ceil(MOST_FACTS * train_copy.SENTENCE / T)
     if min(lengths) < least:
-        fail(f"--tokens {min(lengths)} must be at least {least}, or {MOST_FACTS} facts have no room "
-             f"in segments of {T}, as in {folder}")
+        fail(f"--tokens {min(lengths)} must be at least {least}, or {MOST_FACTS} facts have no "
+             f"room in segments of {T}, as in {folder}")
 
 
 @torch.no_grad()
