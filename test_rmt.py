@@ -1765,7 +1765,7 @@ def assert_same_training(run, model, optimizer):
 TASKS = {  # flags, and what no sample holds: the blank, which is for encoders, and other words
     "copy": ("--segments 6 --segment-len 4", "? _"),
     "reverse": ("--segments 4 --segment-len 4", "? _"),
-    "retrieval": ("--segments 4 --segment-len 6", "_"),
+    "retrieval": ("--segments 4 --segment-len 6 --questions 1", "_"),
     "remember": ("--segments 9 --segment-len 3 --questions 1", "| ? _"),
     "rewrite": ("--segments 9 --segment-len 3 --keys 64", "| ? _"),
     "memorize": ("--segments 5 --segment-len 8", "_"),

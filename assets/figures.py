@@ -1414,8 +1414,6 @@ def draw_associative_task(records, axis, task, names):
     record = "questions" if task == "remember" else "associative"
     for name in names:
         runs = associative(records, task, name, record)
-        if not runs:  # with several questions not all were trained
-            runs = associative(records, task, name)
         seeds = [thinned(by_length(run), longest) for run in runs]
         if task == "remember":
             seeds = [{n - 1: share for n, share in seed.items()} for seed in seeds]
