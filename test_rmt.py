@@ -2979,7 +2979,7 @@ def test_far_facts_are_recorded_from_the_folders_of_runs(run_here, capsys):
     read_far("a --tokens 60 600")
     records = figures.read_records(Path("."))
     assert records["far"][0]["flags"]["task"] == "facts"
-    assert set(figures.result(records["far"][0])) == {"60", "600"}
+    assert set(figures.result(records["far"][0])["far"]) == {"60", "600"}
     Path("a/result.json").unlink()
     read_far("a --tokens 60", "the run in a is not finished: python train_copy.py --resume a")
 

@@ -253,16 +253,16 @@ def measure_far(folders, lengths, device, to=RESULTS):
         check_far(args, folder, lengths)
         model = train_copy.build(args, args.model)
         model.load_state_dict(saved["runs"][args.model]["model"])
-        run["results"] = {args.model: {}}
-        run["read on"] = train_copy.hardware(args)
+        run["far read on"] = train_copy.hardware(args)
         found.append((folder, args, model.eval(), run))
     runs = []
     for folder, args, model, run in found:
         torch.set_num_threads(args.threads)
+        far = result(run)["far"] = {}  # tokens: share of right answers
         runs.append(run)
         for length in lengths:
             right = right_after(args, model, length)
-            run["results"][args.model][length] = right
+            far[length] = right
             print(f"{folder}: {right:.3f} right after {length:,} tokens", flush=True)
             write_record("far", runs, to)
 
@@ -547,6 +547,24 @@ def remember_table(records):
             held = [pairs_held(accuracy, 64) for accuracy in at_length(runs, 65)]
             yield row(name, questions, spread(all_of(runs, "state_floats"), 0), *cells,
                       spread(held, 0), spread(all_of(runs, "cpu_seconds"), 0))
+
+
+FAR = (10**4, 10**5, 10**6, 10**7)  # tokens
+
+
+def far_table(records):
+    """Facts found in far more tokens than any sample of training had."""
+    yield from header("tokens of a segment", "longest sample of training", "over its segments",
+                      *(f"{n:,} tokens" for n in FAR), "seeds")
+    for T in (6, 252):
+        runs = find(records["far"], task="facts", segment_len=T)
+        segments = setting(runs[0], "segments")
+        cells = []
+        for n in FAR:
+            found = [result(run)["far"] for run in runs]
+            cells.append(spread([far[str(n)] for far in found if str(n) in far]))
+        yield row(T, f"{segments * T:,} tokens", spread(at_length(runs, segments)), *cells,
+                  len(runs))
 
 
 RECIPE = {  # of train_lm.py
@@ -871,6 +889,7 @@ TABLES = {  # name in the READMEs: the function, and the records that it needs
     "length": (length_table, ["length"]),
     "associative": (associative_table, ["associative"]),
     "remember": (remember_table, ["associative", "questions"]),
+    "far": (far_table, ["far"]),
     "language": (language_table, ["language"]),
     "language-others": (language_others_table, ["language"]),
     "language-first": (language_first_table, ["language"]),
