@@ -614,7 +614,6 @@ def sample(args, model, segments, batch, generator):
     targets = answers_of(args, tokens, n, segments).to(args.device)
     if model.variant.mask == "full":
         # An encoder would see the answers among its inputs, so it fills in blanks.
-        inputs = inputs.clone()
         after_targets = inputs[:, inputs.size(1) - targets.size(1) + 1:]
         after_targets[targets[:, :-1] != NO_TARGET] = BLANK
     return inputs, targets

@@ -363,8 +363,8 @@ OTHERS = [  # the story, the file, a fragment of it, what it becomes, the test t
      "test_the_answer_follows_from_what_was_shown"),
     ("the first value of a key counts",
      "train_copy.py",
-     "n_pairs - 1 - (keys == asked).flip(1)",
-     "(keys == asked)",
+     "n_pairs - 1 - same.flip(2)",
+     "same",
      "test_the_answer_follows_from_what_was_shown"),
     ("the fact is always in the first segment",
      "train_copy.py",
@@ -383,8 +383,8 @@ OTHERS = [  # the story, the file, a fragment of it, what it becomes, the test t
      "test_quadratic_equations_are_solved_in_six_fields"),
     ("blanks are written over the answers",
      "train_copy.py",
-     "        inputs = inputs.clone()\n",
-     "",
+     "distance:].clone()",
+     "distance:]",
      "test_an_encoder_fills_in_blanks_and_is_asked_for_what_was_there"),
     ("gradient crosses all boundaries",
      "train_copy.py",
@@ -438,8 +438,8 @@ OTHERS = [  # the story, the file, a fragment of it, what it becomes, the test t
      "test_padding_is_no_part_of_the_scores"),
     ("padding counts in training",
      "train_copy.py",
-     "            scored = targets != BLANK\n",
-     "            scored = targets >= 0\n",
+     "            scored = (targets != BLANK) &",
+     "            scored = (targets >= 0) &",
      "test_padding_is_no_part_of_the_scores"),
     ("the control of the initial state keeps the state",
      "train_copy.py",
@@ -803,11 +803,11 @@ OTHERS = [  # the story, the file, a fragment of it, what it becomes, the test t
      "test_wrong_answers_are_refused_and_the_solutions_are_right and 1_why"),
 ] + [  # what both scripts have
     (f"{story} ({file})", file, old, new, f"{name} and {file.removesuffix('.py')}")
-    for file in ("train_copy.py", "train_lm.py")
+    for file, after_eval in [("train_copy.py", "args"), ("train_lm.py", "T")]
     for story, old, new, name in [
         ("evaluation draws noise",
-         "    model.eval()\n    T = ",
-         "    T = ",
+         f"    model.eval()\n    {after_eval} = ",
+         f"    {after_eval} = ",
          "test_it_trains_in_training_mode_and_evaluates_in_eval_mode"),
         ("training draws no noise",
          "model = run.model.train()",
