@@ -1900,6 +1900,7 @@ class TestTasks:
         generator = torch.Generator().manual_seed(0)
         inputs, targets = train_copy.sample(args, build(), args.segments, 200, generator)
         assert inputs.size(1) - targets.size(1) == body + before - 1
+        assert inputs.size(1) <= train_copy.longest_sample(args) * args.segment_len
         words = train_copy.vocabulary(args)
         things = {  # what can be asked for in a sample
             "facts": lambda shown: len(set(shown) & set(train_copy.PEOPLE)),
@@ -1963,6 +1964,23 @@ class TestTasks:
 # -------------------------------------------------------------------------------------- train_copy
 
 
+def train_beside_a_copy(args, weight_decay):
+    """A run of rmt that was trained; its model as it was, with all that a loop by hand needs."""
+    run = train_copy.new_run(args, "rmt")
+    model = copy.deepcopy(run.model)
+    train_copy.train(args, run, "rmt", lambda: None)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=weight_decay)
+    return run, model, optimizer, torch.Generator().manual_seed(0)
+
+
+def let_it_say(model, token):
+    """A model of width 16 writes this token then, whatever it reads."""
+    with torch.no_grad():
+        model.norm.weight.zero_()
+        model.norm.bias = nn.Parameter(torch.ones(16))
+        model.head.weight[token] = 1.0
+
+
 class TestTrainCopy:
     """Samples, training and evaluation of train_copy.py equal what can be done by hand."""
 
@@ -1996,12 +2014,7 @@ class TestTrainCopy:
     def test_training_equals_a_loop_by_hand(self, depth, cuts):
         flags = f"{COPY} --segment-len 2 --steps 60 --curriculum fixed {depth}"
         args = arguments(train_copy, flags)
-        run = train_copy.new_run(args, "rmt")
-        model = copy.deepcopy(run.model)
-        train_copy.train(args, run, "rmt", lambda: None)
-
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-        generator = torch.Generator().manual_seed(0)
+        run, model, optimizer, generator = train_beside_a_copy(args, weight_decay=0.01)
         for step in range(60):
             torch.randint(1, (), generator=generator)  # the curriculum chooses among one length
             tokens, n = train_copy.copy(args, 6, 4, generator)
@@ -2021,12 +2034,7 @@ class TestTrainCopy:
         flags = ("--steps 60 --segments 4 --segment-len 3 --questions 2 --curriculum fixed "
                  "--config write_slot=both")
         args = arguments(train_copy, f"{TINY} --task remember --model rmt {flags}")
-        run = train_copy.new_run(args, "rmt")
-        model = copy.deepcopy(run.model)
-        train_copy.train(args, run, "rmt", lambda: None)
-
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=1.0)
-        generator = torch.Generator().manual_seed(0)
+        run, model, optimizer, generator = train_beside_a_copy(args, weight_decay=1.0)
         for step in range(60):
             torch.randint(1, (), generator=generator)  # the curriculum chooses among one length
             tokens, _ = train_copy.remember(args, 4, args.batch, generator)
@@ -2101,10 +2109,7 @@ class TestTrainCopy:
         """Of the answers of quadratic, two thirds are blanks, which every model learns first."""
         args = task_arguments("quadratic", f"{TINY} --steps 1")
         run = train_copy.new_run(args, "rmt")
-        with torch.no_grad():  # it writes blanks, whatever it reads
-            run.model.norm.weight.zero_()
-            run.model.norm.bias = nn.Parameter(torch.ones(16))
-            run.model.head.weight[train_copy.BLANK] = 1.0
+        let_it_say(run.model, train_copy.BLANK)
         scores, (_, targets, answers) = train_copy.evaluate(args, run.model, 6, free=False)
         assert (answers == train_copy.BLANK).all()
         assert (targets == train_copy.BLANK).double().mean() > 0.5
@@ -2116,10 +2121,7 @@ class TestTrainCopy:
         flags = "--symbols 2 --segments 3 --questions 2 --curriculum fixed --steps 1"
         args = arguments(train_copy, f"{TINY} --task remember {flags}")
         run = train_copy.new_run(args, "armt")
-        with torch.no_grad():  # it writes one symbol, whatever it reads
-            run.model.norm.weight.zero_()
-            run.model.norm.bias = nn.Parameter(torch.ones(16))
-            run.model.head.weight[train_copy.SYMBOL] = 1.0
+        let_it_say(run.model, train_copy.SYMBOL)
         train_copy.train(args, run, "armt", lambda: None)
         generator = torch.Generator().manual_seed(0)
         torch.randint(1, (), generator=generator)  # the curriculum chooses among one length
@@ -2903,7 +2905,7 @@ def test_bits_by_the_age_of_the_state_equal_a_loop_over_one_stream_at_a_time(
     for kind, total in nats.items():
         for n, mean in total.items():
             assert found[kind][n] == pytest.approx(mean / math.log(2), rel=1e-9)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         figures.bits_by_age(model, part[:2 * 4 * T + 3])
     assert "has 4 segments in each of 2 streams, and must have more" in capsys.readouterr().err
 

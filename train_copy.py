@@ -268,6 +268,15 @@ def relations(rng, n):
 
 
 STORIES = {"facts": one_fact, "two-facts": two_facts, "relations": relations}
+MOST_FACTS = 6  # of a story
+
+
+def choose_questions(questions, n, rng):
+    """n of the questions, with their answers; where there are fewer, blanks come before them."""
+    chosen = rng.sample(questions, min(n, len(questions)))
+    question, _ = chosen[0]
+    blank = " ".join("_" for _ in question.split()), "_"
+    return [blank] * (n - len(chosen)) + chosen
 
 
 def facts(args, segments, batch, generator):
@@ -287,13 +296,9 @@ def facts(args, segments, batch, generator):
     samples = []
     for _ in range(batch):
         sentences = [" ".join(map(rng.choice, NOISE_WORDS)) for _ in range(n_sentences)]
-        n_facts = rng.randint(min(2, n_sentences), min(6, n_sentences))
+        n_facts = rng.randint(min(2, n_sentences), min(MOST_FACTS, n_sentences))
         told, questions = STORIES[args.task](rng, n_facts)
-        n = n_questions(args, segments)
-        asked = rng.sample(questions, min(n, len(questions)))
-        question, _ = asked[0]
-        blank = " ".join("_" for _ in question.split()), "_"
-        asked = [blank] * (n - len(asked)) + asked  # where there are fewer things to ask for
+        asked = choose_questions(questions, n_questions(args, segments), rng)
         places = sorted(rng.sample(range(n_sentences), len(told)))
         for place, sentence in zip(places, told, strict=True):
             sentences[place] = sentence

@@ -98,9 +98,16 @@ def finished(script, folder):
     """The checkpoint and the result of a finished run of a script. Exits with a line if not."""
     saved = script.load(folder)
     if not (folder / "result.json").exists():
-        fail(f"the run in {folder} is not finished: "
-             f"python {script.__name__}.py --resume {folder}")
+        fail(f"the run in {folder} is not finished: python {script.__name__}.py --resume {folder}")
     return saved, read_result(folder / "result.json")
+
+
+def trained(saved, **settings):
+    """The settings, some of them changed, and the --model of a checkpoint of train_copy.py."""
+    args = Namespace(**saved["settings"] | settings)
+    model = train_copy.build(args, args.model)
+    model.load_state_dict(saved["runs"][args.model]["model"])
+    return args, model.eval()
 
 
 def write_record(name, runs, folder=RESULTS):
@@ -182,8 +189,8 @@ def measure_ages(folders, to=RESULTS):
         args.device = "cpu"
         text = train_lm.Text(train_lm.read(args.data))
         if text.sha256 != saved["sha256"]:
-            fail(f"{folder} was trained on another text than the "
-                     f"{' '.join(args.data)} of today, of sha256 {saved['sha256']}")
+            fail(f"{folder} was trained on another text than the {' '.join(args.data)} of today, "
+                 f"of sha256 {saved['sha256']}")
         model = train_lm.build(args, args.model, len(text.vocabulary))
         model.load_state_dict(saved["runs"][args.model]["model"])
         run["results"] = {args.model: bits_by_age(model.eval(), text.test)}
@@ -202,8 +209,8 @@ def bits_by_age(model, part):
     n_segments = (rows.size(1) - 1) // T
     first = max(FROZEN)
     if n_segments <= first:
-        fail(f"the test part has {n_segments} segments in each of "
-                 f"{N_STREAMS} streams, and must have more than {first}: take a longer text")
+        fail(f"the test part has {n_segments} segments in each of {N_STREAMS} streams, and must "
+             f"have more than {first}: take a longer text")
     inputs = rows[:, :n_segments * T].split(T, dim=1)
     targets = rows[:, 1:n_segments * T + 1].split(T, dim=1)
 
@@ -240,8 +247,7 @@ def bits_by_age(model, part):
 # Far: facts scattered in up to millions of tokens of noise
 
 
-N_SAMPLES = 64   # side by side
-MOST_FACTS = 6   # of a sample, as in train_copy.py
+N_SAMPLES = 64  # side by side
 
 
 def measure_far(folders, lengths, device, to=RESULTS):
@@ -249,12 +255,10 @@ def measure_far(folders, lengths, device, to=RESULTS):
     found = []
     for folder in folders:  # all are checked before the first is read
         saved, run = finished(train_copy, folder)
-        args = Namespace(**saved["settings"] | {"device": device})
+        args, model = trained(saved, device=device)
         check_far(args, folder, lengths)
-        model = train_copy.build(args, args.model)
-        model.load_state_dict(saved["runs"][args.model]["model"])
         run["far read on"] = train_copy.hardware(args)
-        found.append((folder, args, model.eval(), run))
+        found.append((folder, args, model, run))
     runs = []
     for folder, args, model, run in found:
         torch.set_num_threads(args.threads)
@@ -272,11 +276,11 @@ def check_far(args, folder, lengths):
     if args.task not in train_copy.STORIES:
         fail(f"the run in {folder} is of --task {args.task} and must be of "
              f"{', '.join(train_copy.STORIES)}")
-    T = args.segment_len
-    least = T * math.ceil(MOST_FACTS * train_copy.SENTENCE / T)
+    T, n_facts = args.segment_len, train_copy.MOST_FACTS
+    least = T * math.ceil(n_facts * train_copy.SENTENCE / T)
     if min(lengths) < least:
-        fail(f"--tokens {min(lengths)} must be at least {least}, or {MOST_FACTS} facts have no "
-             f"room in segments of {T}, as in {folder}")
+        fail(f"--tokens {min(lengths)} must be at least {least}, or {n_facts} facts have no room "
+             f"in segments of {T}, as in {folder}")
 
 
 @torch.no_grad()
@@ -299,7 +303,8 @@ def right_after(args, model, n_tokens):
     told = {}  # segment: [((sample, sentence of the segment), its tokens), ...]
     prompts, answers = [], []
     for i in range(N_SAMPLES):
-        facts, questions = train_copy.STORIES[args.task](rng, rng.randint(2, MOST_FACTS))
+        n_facts = rng.randint(2, train_copy.MOST_FACTS)
+        facts, questions = train_copy.STORIES[args.task](rng, n_facts)
         question, answer = rng.choice(questions)
         prompts.append(numbers(question.split()))
         answers += numbers([answer])
@@ -1468,10 +1473,7 @@ FIGURES = {  # name: the function, and the records that it needs
 def draw_attention(folder):
     """What the rows of a finished run of train_copy.py look at, in a fresh sample."""
     saved = train_copy.load(folder)
-    args = Namespace(**saved["settings"] | {"device": "cpu", "questions": 1})
-    model = train_copy.build(args, args.model)
-    model.load_state_dict(saved["runs"][args.model]["model"])
-    model.eval()
+    args, model = trained(saved, device="cpu", questions=1)
     generator = torch.Generator().manual_seed(args.seed + 2**31)
     inputs, targets = train_copy.sample(args, model, args.segments, 1, generator)
     figure = train_copy.draw_attention(args, model, inputs, targets.size(1))
