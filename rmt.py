@@ -84,7 +84,6 @@ class Config:
     d_model: int = 64           # D
     n_mem: int = 8              # M, memory tokens
     dropout: float = 0.0        # on the embedded tokens and on the output of every sublayer
-    tie_weights: bool = False   # one matrix for embedding and head
 
     # How memory is handed on. The first value of each choice is the one of the paper [RMT].
     memory_form: str = "norm"    # the written rows after the final norm, or "raw": before it
@@ -374,8 +373,6 @@ class RMT(nn.Module):
         self.norm = nn.LayerNorm(D, bias=False, **where) if head is None else nn.Identity()
         self.head = nn.Linear(D, V, bias=False, **where) if head is None else head
         self.dropout = nn.Dropout(config.dropout)
-        if config.tie_weights:
-            self.head.weight = self.embed.weight
 
         n_positions = self.n_read + self.n_cache + config.segment_len + self.n_write
         table = rotary_table(n_positions, D // config.n_head).to(self.memory)
@@ -395,7 +392,7 @@ class RMT(nn.Module):
             std = 0.7 / math.sqrt(weight.size(1))
             if name.endswith(("attn.out.weight", "mlp.2.weight")):
                 std = std / math.sqrt(2 * self.config.n_layer)  # they end the residual branches
-            if name == "embed.weight" and not self.config.tie_weights:
+            if name == "embed.weight":
                 std = 0.5
             if name in ("memory", "write_embedding"):
                 std = 0.02  # drawn one by one, because the memory rows must differ
@@ -1173,7 +1170,6 @@ def validate_config(config: Config):
         "memory_form": ("norm", "raw"),
         "write_slot": ("memory", "embedding", "both"),
         "update": ("delta", "armt", "hebbian"),
-        "tie_weights": (False, True),
     }
     for name, allowed in choices.items():
         value = getattr(config, name)
@@ -1199,8 +1195,6 @@ def validate_model(config: Config, backbone, embed, head):
         raise ValueError(f"cache_len=0 must be at least 1 for {config.variant!r}")
     if backbone is not None and variant.block is not Block:
         raise ValueError(f"{config.variant!r} has layers of its own: give a backbone to 'rmt'")
-    if config.tie_weights and not (embed is None and head is None):
-        raise ValueError("tie_weights=True ties our embedding and head: tie your own yourself")
 
 
 def validate_tokens(model: RMT, tokens: Tensor, check_range: bool = True):
