@@ -45,7 +45,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
-from itertools import chain, count
+from itertools import accumulate, chain, count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -561,24 +561,31 @@ def save(path, args, run, model, optimizer, data):
 
 
 def load(path, run, model, optimizer, data):
-    """Restore what save has written, or end with one line."""
+    """Restore what save has written."""
+    saved = read_checkpoint(path, model)
+    optimizer.load_state_dict(saved["optimizer"])
+    data.set_state(saved["data"])
+    torch.set_rng_state(saved["random"])
+    if torch.cuda.is_available() and saved["random_cuda"]:
+        torch.cuda.set_rng_state_all(saved["random_cuda"])
+    vars(run).update({name: saved[name] for name in vars(run)})
+
+
+def read_checkpoint(path, model):
+    """What save has written; the model gets its weights. One line where the file does not fit."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load ignores checksums
         if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+            fail(f"{path} is damaged: the checksum of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["config"] != asdict(model.config):
-            raise ValueError(f"its model has {saved['config']}")
+        for name, value in saved["config"].items():
+            if getattr(model.config, name) != value:
+                fail(f"{path} has {name}={value}, and not {getattr(model.config, name)}")
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        data.set_state(saved["data"])
-        torch.set_rng_state(saved["random"])
-        if torch.cuda.is_available() and saved["random_cuda"]:
-            torch.cuda.set_rng_state_all(saved["random_cuda"])
-        vars(run).update({name: saved[name] for name in vars(run)})
+        return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
-        fail(f"{path} is damaged, or of another run than this one: {reason!r}")
+        fail(f"{path} is not a checkpoint of train_copy.py: {reason!r}")
 
 
 def write_row(folder, row):
@@ -590,6 +597,12 @@ def write_row(folder, row):
         if is_first:
             writer.writeheader()
         writer.writerow(row)
+
+
+def write_json(path, content):
+    """Write a JSON file, whole or not at all."""
+    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
 def new_folder(args):
@@ -671,7 +684,8 @@ def parse(argv):
         parser.set_defaults(**read_settings(args))
     args = parser.parse_args(argv)
 
-    at_least = {"steps": 0, "batch": 1, "lr": 0, "weight_decay": 0, "bptt_depth": 0, "threads": 1}
+    at_least = {"keys": 1, "steps": 0, "batch": 1, "lr": 0, "weight_decay": 0, "bptt_depth": 0,
+                "threads": 1}
     for name, least in at_least.items():
         value = getattr(args, name)
         if value is not None and not value >= least:  # nan is not either
@@ -734,9 +748,10 @@ def report(args, trained):
         print(f"    {name:38}{results[name]:.3f}")
     print_examples(args, *examples)
 
-    draw_training(args, trained).savefig(Path(args.out, "training.png"))
-    if model.variant.block is not AssociativeBlock:  # which reads its memory without attention
-        draw_attention(args, model, *examples[:2]).savefig(Path(args.out, "attention.png"))
+    with matplotlib.rc_context({"font.size": 12}):
+        draw_training(args, trained).savefig(Path(args.out, "training.png"))
+        if model.variant.block is not AssociativeBlock:  # which reads its memory without attention
+            draw_attention(args, model, *examples[:2]).savefig(Path(args.out, "attention.png"))
     write_result(args, results)
 
     print()
@@ -769,7 +784,7 @@ def write_result(args, results):
     """Write result.json: what was found, and how."""
     on_gpu = args.device.startswith("cuda")
     cpu = f"{args.device} on {platform.machine()}, threads: {args.threads}"
-    record = {
+    write_json(Path(args.out, "result.json"), {
         "command": f"python {args.command}",
         "seed": args.seed,
         "date": time.strftime("%Y-%m-%d"),
@@ -777,8 +792,7 @@ def write_result(args, results):
         "hardware": torch.cuda.get_device_name(args.device) if on_gpu else cpu,
         "flags": vars(args),
         "results": results,
-    }
-    Path(args.out, "result.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    })
 
 
 # Pictures are drawn without pyplot, so that a notebook that runs this script keeps its settings.
@@ -788,10 +802,11 @@ def draw_training(args, trained):
     """Loss, and the share of right symbols for every length, over the steps of training."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for look, (name, (_, run)) in zip(["-", "--"], trained.items(), strict=False):
+    styles = [("-", "#0072B2"), ("--", "#D55E00")]  # of --model and --baseline
+    for (line, color), (name, (_, run)) in zip(styles, trained.items(), strict=False):
         steps = [row["step"] for row in run.rows]
         losses = [row["loss"] for row in run.rows]
-        left.plot(steps, losses, look, color={"-": "#0072B2", "--": "#D55E00"}[look], label=name)
+        left.plot(steps, losses, line, color=color, label=name)
     _, run = trained[args.model]
     for i, n in enumerate(run.right):
         seen = [row for row in run.rows if row[f"right_{n}"] > 0]
@@ -799,10 +814,10 @@ def draw_training(args, trained):
         shares = [row[f"right_{n}"] for row in seen]
         color = matplotlib.colormaps["viridis"](0.85 * i / max(1, len(run.right) - 1))
         right.plot(steps, shares, color=color, label=f"{n} segments")
-    left.set_title("running mean; lower is better")
-    left.set(xlabel="training step", ylabel="loss, nats per answer symbol")
-    right.set_title(f"{args.model} learns {args.task}, running mean")
-    right.set(xlabel="training step", ylabel="share of answer symbols right", ylim=(0, 1.03))
+    left.set(xlabel="training step", ylabel="loss, nats per answer symbol",
+             title="lower is better (running mean)")
+    right.set(xlabel="training step", ylabel="share of answer symbols right", ylim=(0, 1.03),
+              title=f"{args.model} learns {args.task} (running mean)")
     left.legend()
     right.legend(fontsize=9)
     return figure
@@ -829,12 +844,19 @@ def draw_attention(args, model, inputs, targets):
 
 
 def draw_map(axis, weights, widths):
-    """One attention matrix, with lines between its blocks."""
+    """One attention matrix, with the names of its blocks and lines between them."""
     axis.imshow(weights.cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
-    for draw_line, sizes in [(axis.axvline, widths), (axis.axhline, [widths[0], *widths[2:]])]:
-        for border in torch.tensor(sizes).cumsum(0)[:-1]:
-            draw_line(border.item() - 0.5, color="black", linewidth=0.8)
-    axis.set(xlabel="sees: read | cache | tokens | write", ylabel="rows: read | tokens | write")
+    names = "read", "cache", "tokens", "write"
+    columns = {name: n for name, n in zip(names, widths, strict=True) if n > 0}
+    rows = {name: n for name, n in columns.items() if name != "cache"}
+    for blocks, draw_line, set_ticks in [
+            (columns, axis.axvline, axis.set_xticks), (rows, axis.axhline, axis.set_yticks)]:
+        ends = [end - 0.5 for end in accumulate(blocks.values())]
+        middles = [end - n / 2 for end, n in zip(ends, blocks.values(), strict=True)]
+        set_ticks(middles, list(blocks))
+        for end in ends[:-1]:
+            draw_line(end, color="black", linewidth=0.8)
+    axis.set(xlabel="is seen", ylabel="looks")
 
 
 # ==================================================================================================
@@ -871,9 +893,14 @@ def run_all(args):
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
 
+    for name, model in models.items():
+        path = Path(args.resume or "", f"{name}.pt")
+        if args.resume is not None and path.exists():
+            read_checkpoint(path, model)
+
     args.out = args.resume or new_folder(args)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    Path(args.out, "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    write_json(Path(args.out, "config.json"), settings)
     Path(args.out, "metrics.csv").unlink(missing_ok=True)  # train writes all its rows again
     print(f"{args.task} over {args.segments} segments of {args.segment_len} tokens: device "
           f"{args.device}, seed {args.seed}, files in {args.out}")

@@ -54,6 +54,7 @@ from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def train(args, variant, text):
     )
     path = Path(args.out, f"{variant}.pt")
     if path.exists():
-        load(path, run, model, optimizer)
+        load(args, path, run, model, optimizer, text)
     for row in run.rows:
         write_row(args.out, row)
 
@@ -404,7 +405,7 @@ def write_on(args, model, vocabulary, prompt):
 
 def encode_prompt(vocabulary, prompt):
     """The tokens of a prompt, or one line if it has bytes that the model does not know."""
-    unknown = bytes(set(prompt) - set(vocabulary))
+    unknown = bytes(sorted(set(prompt) - set(vocabulary)))
     if unknown:
         fail(f"--prompt has bytes that do not occur in the training part: {unknown!r}")
     return [vocabulary.index(byte) for byte in prompt]
@@ -454,9 +455,9 @@ def save(path, args, run, model, optimizer, text):
     os.replace(f"{path}.tmp", path)
 
 
-def load(path, run, model, optimizer):
+def load(args, path, run, model, optimizer, text):
     """Restore what save has written."""
-    saved = read_checkpoint(path, model)
+    saved = read_checkpoint(args, path, model, text)
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"])
     if torch.cuda.is_available() and saved["random_cuda"]:
@@ -467,20 +468,23 @@ def load(path, run, model, optimizer):
         run.state = tree_map(lambda t: t.to(device), State(*run.state))
 
 
-def read_checkpoint(path, model):
+def read_checkpoint(args, path, model, text):
     """What save has written; the model gets its weights. One line where the file does not fit."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load ignores checksums
         if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+            fail(f"{path} is damaged: the checksum of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["config"] != asdict(model.config):
-            raise ValueError(f"its model has {saved['config']}")
+        if saved["text"] != text.sha256:
+            fail(f"--data {' '.join(args.data)} is not the text that {path} was trained on")
+        for name, value in saved["config"].items():
+            if getattr(model.config, name) != value:
+                fail(f"{path} has {name}={value}, and not {getattr(model.config, name)}")
         model.load_state_dict(saved["model"])
         return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
-        fail(f"{path} is damaged, or of another run than this one: {reason!r}")
+        fail(f"{path} is not a checkpoint of train_lm.py: {reason!r}")
 
 
 def write_row(folder, row):
@@ -521,6 +525,9 @@ def fail(message):
 
 # ==================================================================================================
 # Flags
+
+
+RECIPE = {"memory_form": "raw", "write_slot": "embedding"}  # better in language than the paper's
 
 
 def parse(argv):
@@ -570,7 +577,7 @@ def parse(argv):
         kind = type(field.default)
         flag(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
              metavar=kind.__name__, help="(default: %(default)s)")
-    parser.set_defaults(memory_form="raw", write_slot="embedding")  # best in language, see README
+    parser.set_defaults(**RECIPE)
 
     args = parser.parse_args(argv)
     parser.set_defaults(command=shlex.join(["train_lm.py", *argv]))
@@ -588,9 +595,9 @@ def parse(argv):
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as reason:
         fail(f"--device {args.device} cannot be used here: {reason}")
-    # Absolute paths, so that the run can be resumed from any folder.
-    known = ["python", *DOWNLOADS]
-    args.data = [name if name in known else str(Path(name).absolute()) for name in args.data]
+    # Files get absolute names, so that the run can be resumed from any folder.
+    no_files = ["", "python", *DOWNLOADS]
+    args.data = [name if name in no_files else str(Path(name).absolute()) for name in args.data]
     return args
 
 
@@ -643,8 +650,9 @@ def report(args, trained, text):
     write_result(args, results)
 
     out = Path(args.out)
-    draw_loss(trained).savefig(out / "loss.png")
-    draw_position(results, trained).savefig(out / "position.png")
+    with matplotlib.rc_context({"font.size": 12}):
+        draw_loss(trained).savefig(out / "loss.png")
+        draw_position(results, trained).savefig(out / "position.png")
     model, _ = trained[args.model]
     prompt = os.fsencode(args.prompt) or text.decode(text.test[:2 * args.segment_len])
     try:
@@ -746,8 +754,10 @@ def run_all(args):
         models = {name: build(args, name, len(text.vocabulary)) for name in names}
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
-    if args.resume is not None:
-        check_resumed(args, models, text)
+    for name, model in models.items():
+        path = Path(args.resume or "", f"{name}.pt")
+        if args.resume is not None and path.exists():
+            read_checkpoint(args, path, model, text)
 
     args.out = args.resume or new_folder(args)
     settings = {name: value for name, value in vars(args).items()
@@ -768,15 +778,6 @@ def run_all(args):
     except KeyboardInterrupt:
         print(f"\nstopped; to resume: python train_lm.py --resume {shlex.quote(args.out)}")
         sys.exit(130)
-
-
-def check_resumed(args, models, text):
-    """End with one line if the run in --resume has another model or another text."""
-    for name, model in models.items():
-        path = Path(args.resume, f"{name}.pt")
-        if path.exists() and read_checkpoint(path, model)["text"] != text.sha256:
-            fail(f"--data {' '.join(args.data)} is not the text that the run in {args.resume} was "
-                 "trained on")
 
 
 if __name__ == "__main__":

@@ -9,33 +9,22 @@
         Then run the notebooks of the course, in minutes, for theirs; captions.md has the captions.
     python assets/figures.py film
         Draw assets/film.svg: run notebook 4, half a minute, and take its first figure.
-    python assets/figures.py attention FOLDER
-        Draw assets/attention.svg from the folder of a finished run of train_copy.py.
     python assets/figures.py gather NAME FILE... [--commit HASH]
         Put results of the scripts into one record, assets/results/NAME.json. The commit is noted in
         every run, for those that a script of an earlier commit has made.
-    python assets/figures.py ages FOLDER...
-        Find out how far back models use their state, from the folders of finished runs of
-        train_lm.py, and put it into the record assets/results/ages.json.
-    python assets/figures.py far FOLDER... --tokens N... [--device cuda]
-        Let models find facts in up to millions of tokens, from the folders of finished runs of
-        train_copy.py --task facts, and put it into the record assets/results/far.json.
 
 A record is a list of runs: command, seed, date, versions, hardware, flags and results, as a script
 writes them to result.json. A figure or table whose record is missing is left as it is.
 
-It reads from top to bottom: records, ages, far, tables, how figures look, figures, main.
+It reads from top to bottom: records, tables, how figures look, figures, main.
 """
 import argparse
 import json
-import math
 import os
-import random
 import re
 import shutil
 import sys
 import tempfile
-from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -43,16 +32,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.patches import Rectangle
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train_copy  # noqa: E402
-import train_lm  # noqa: E402
-from rmt import RMT, VARIANTS, Config, tree_leaves  # noqa: E402
+from rmt import RMT, VARIANTS, Config  # noqa: E402
 
 ASSETS = ROOT / "assets"
 RESULTS = ASSETS / "results"
@@ -82,32 +66,9 @@ def gather(name, paths, commit=None, folder=RESULTS):
 def read_result(path):
     """A result.json, its numbers to six digits, with the flags that change a result."""
     run = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=six_digits)
-    flags = run["flags"]
-    flags.update(flags.pop("config", {}))
-    run["flags"] = {flag: value for flag, value in flags.items() if flag not in NO_SETTING}
+    flags = run["flags"].items()
+    run["flags"] = {flag: value for flag, value in flags if flag not in NO_SETTING}
     return run
-
-
-def fail(message):
-    """End with one line and exit status 2."""
-    print(f"figures.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def finished(script, folder):
-    """The checkpoint and the result of a finished run of a script. Exits with a line if not."""
-    saved = script.load(folder)
-    if not (folder / "result.json").exists():
-        fail(f"the run in {folder} is not finished: python {script.__name__}.py --resume {folder}")
-    return saved, read_result(folder / "result.json")
-
-
-def trained(saved, **settings):
-    """The settings, some of them changed, and the --model of a checkpoint of train_copy.py."""
-    args = Namespace(**saved["settings"] | settings)
-    model = train_copy.build(args, args.model)
-    model.load_state_dict(saved["runs"][args.model]["model"])
-    return args, model.eval()
 
 
 def write_record(name, runs, folder=RESULTS):
@@ -118,7 +79,8 @@ def write_record(name, runs, folder=RESULTS):
 
 def write_text(path, text):
     """Write a file whole or not at all."""
-    train_copy.write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
 def six_digits(text):
@@ -167,209 +129,6 @@ def at_length(runs, segments, how="teacher_forced"):
 
 
 RESET = "its initial state at every boundary"  # a control of train_copy.py
-
-
-# ==================================================================================================
-# Ages: how far back a language model uses its state
-#
-#     frozen     bits per character with the true state of some segments ago
-#     history    bits per character with a state that began some segments ago, from the initial one
-
-FROZEN = [0, *(2**i for i in range(11))]   # segments: 0, 1, 2, 4, ... 1,024
-HISTORY = [0, *(2**i for i in range(6))]   # segments: 0, 1, 2, 4, ... 32
-N_STREAMS = 16                             # side by side through the test part
-
-
-def measure_ages(folders, to=RESULTS):
-    """Write the record ages.json from the folders of finished runs of train_lm.py."""
-    runs = []
-    for folder in folders:
-        saved, run = finished(train_lm, folder)
-        args = Namespace(**saved["settings"])
-        args.device = "cpu"
-        text = train_lm.Text(train_lm.read(args.data))
-        if text.sha256 != saved["sha256"]:
-            fail(f"{folder} was trained on another text than the {' '.join(args.data)} of today, "
-                 f"of sha256 {saved['sha256']}")
-        model = train_lm.build(args, args.model, len(text.vocabulary))
-        model.load_state_dict(saved["runs"][args.model]["model"])
-        run["results"] = {args.model: bits_by_age(model.eval(), text.test)}
-        runs.append(run)
-    write_record("ages", runs, to)
-
-
-@torch.no_grad()
-def bits_by_age(model, part):
-    """Bits per character of a part of a text: {"frozen": {age: bits}, "history": {length: bits}}.
-
-    All are of the same characters, the full segments after the first 1,024 of each stream.
-    """
-    T = model.config.segment_len
-    rows = train_lm.streams(part, N_STREAMS)
-    n_segments = (rows.size(1) - 1) // T
-    first = max(FROZEN)
-    if n_segments <= first:
-        fail(f"the test part has {n_segments} segments in each of {N_STREAMS} streams, and must "
-             f"have more than {first}: take a longer text")
-    inputs = rows[:, :n_segments * T].split(T, dim=1)
-    targets = rows[:, 1:n_segments * T + 1].split(T, dim=1)
-
-    states = [model.initial_state(N_STREAMS)]  # before every segment
-    for segment in inputs[:-1]:
-        _, state = model(segment, states[-1])
-        states.append(state)
-    scored = range(first, n_segments)
-
-    def bits(segments, state):
-        """Bits per character of some segments, side by side, after this state."""
-        logits, _ = model(torch.cat([inputs[s] for s in segments]), state)
-        target = torch.cat([targets[s] for s in segments]).flatten().long()
-        return F.cross_entropy(logits.flatten(0, 1), target).item() / math.log(2)
-
-    def after(length):
-        """The state after the `length` segments before each of the scored ones, side by side."""
-        state = model.initial_state(len(scored) * N_STREAMS)
-        for back in range(length, 0, -1):
-            _, state = model(torch.cat([inputs[s - back] for s in scored]), state)
-        return state
-
-    frozen = {}
-    for age in FROZEN:
-        frozen[age] = sum(bits([s], states[s - age]) for s in scored) / len(scored)
-    return {
-        "frozen": frozen,
-        "history": {length: bits(scored, after(length)) for length in HISTORY},
-        "characters": len(scored) * N_STREAMS * T,
-    }
-
-
-# ==================================================================================================
-# Far: facts scattered in up to millions of tokens of noise
-
-
-N_SAMPLES = 64  # side by side
-
-
-def measure_far(folders, lengths, device, to=RESULTS):
-    """Write the record far.json from the folders of finished runs of train_copy.py."""
-    found = []
-    for folder in folders:  # all are checked before the first is read
-        saved, run = finished(train_copy, folder)
-        args, model = trained(saved, device=device)
-        check_far(args, folder, lengths)
-        run["far read on"] = train_copy.hardware(args)
-        found.append((folder, args, model, run))
-    runs = []
-    for folder, args, model, run in found:
-        torch.set_num_threads(args.threads)
-        far = result(run)["far"] = {}  # tokens: share of right answers
-        runs.append(run)
-        for length in lengths:
-            right = right_after(args, model, length)
-            far[length] = right
-            print(f"{folder}: {right:.3f} right after {length:,} tokens", flush=True)
-            write_record("far", runs, to)
-
-
-def check_far(args, folder, lengths):
-    """Exit with one line unless a run is of a task with stories, and their facts have room."""
-    if args.task not in train_copy.STORIES:
-        fail(f"the run in {folder} is of --task {args.task} and must be of "
-             f"{', '.join(train_copy.STORIES)}")
-    T, n_facts = args.segment_len, train_copy.MOST_FACTS
-    least = T * math.ceil(n_facts * train_copy.SENTENCE / T)
-    if min(lengths) < least:
-        fail(f"--tokens {min(lengths)} must be at least {least}, or {n_facts} facts have no room "
-             f"in segments of {T}, as in {folder}")
-
-
-@torch.no_grad()
-def right_after(args, model, n_tokens):
-    """The share of right answers about facts that are scattered in n_tokens of noise.
-
-    The samples are those of train_copy.py, but are drawn on the device while they are read.
-    """
-    rng = random.Random(args.seed)
-    generator = torch.Generator(args.device).manual_seed(args.seed + 2**31)
-    columns = [numbers(choice) for choice in train_copy.NOISE_WORDS]
-    most = max(map(len, columns))
-    # A sentence takes one word of each column; those with a single choice have it several times.
-    noise = torch.tensor([(column * most)[:most] for column in columns], device=args.device)
-    width = train_copy.SENTENCE
-    places_of_words = torch.arange(width, device=args.device)
-    per_segment = args.segment_len // width
-    n_segments = n_tokens // args.segment_len
-
-    told = {}  # segment: [((sample, sentence of the segment), its tokens), ...]
-    prompts, answers = [], []
-    for i in range(N_SAMPLES):
-        n_facts = rng.randint(2, train_copy.MOST_FACTS)
-        facts, questions = train_copy.STORIES[args.task](rng, n_facts)
-        question, answer = rng.choice(questions)
-        prompts.append(numbers(question.split()))
-        answers += numbers([answer])
-        places = sorted(rng.sample(range(n_segments * per_segment), len(facts)))
-        for place, fact in zip(places, facts, strict=True):
-            where = i, place % per_segment
-            told.setdefault(place // per_segment, []).append((where, numbers(fact.split())))
-
-    reader = Reader(model, N_SAMPLES)
-    for segment in tqdm(range(n_segments), f"{n_tokens} tokens", leave=False, disable=None):
-        shape = N_SAMPLES, per_segment, width
-        picked = torch.randint(most, shape, generator=generator, device=args.device)
-        sentences = noise[places_of_words, picked]
-        for where, tokens in told.get(segment, []):
-            sentences[where] = torch.tensor(tokens, device=args.device)
-        reader.read(sentences.flatten(1))
-    logits, _ = model(torch.tensor(prompts, device=args.device), reader.state)
-    return train_copy.share(logits[:, -1].argmax(-1).cpu() == torch.tensor(answers))
-
-
-def numbers(words):
-    """The tokens of some words of a story."""
-    return [train_copy.NUMBER[word] for word in words]
-
-
-class Reader:
-    """A model that reads segment after segment, without gradient, and keeps its state.
-
-    On a GPU a small model does not compute for most of the time: it waits for its kernels to be
-    launched, one by one. So a segment is recorded as a CUDA graph, which is launched at once; but
-    for a model with a cache, whose state grows.
-    """
-
-    def __init__(self, model, batch_size):
-        self.model = model
-        self.state = model.initial_state(batch_size)
-        self.graph = None
-        if self.state.memory.is_cuda and model.n_cache == 0:
-            self.record(batch_size)
-
-    @torch.no_grad()
-    def record(self, batch_size):
-        """Record how the state changes in place while the tokens in self.tokens are read."""
-        shape = batch_size, self.model.config.segment_len
-        self.tokens = torch.zeros(shape, dtype=torch.long, device=self.state.memory.device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # some kernels are set up when they first run
-            for _ in range(3):
-                self.model(self.tokens, self.state)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            _, state = self.model(self.tokens, self.state)
-            for old, new in zip(tree_leaves(self.state), tree_leaves(state), strict=True):
-                old.copy_(new)
-
-    @torch.no_grad()
-    def read(self, tokens):
-        """Read one segment (B, T)."""
-        if self.graph is None:
-            _, self.state = self.model(tokens, self.state)
-        else:
-            self.tokens.copy_(tokens)
-            self.graph.replay()
 
 
 # ==================================================================================================
@@ -622,21 +381,21 @@ def language(records, **flags):
 
 
 def bits(runs, state="carried", places=None):
-    """Bits per character of each seed, over all positions in the segment or at some places."""
+    """Bits per byte of each seed, over all positions in the segment or at some places."""
     scores = []
     for run in runs:
         if state not in result(run):
             continue
         score = result(run)[state]
         if places is None:
-            scores.append(score["bpc"])
+            scores.append(score["bits_per_byte"])
         else:
             scores.append(float(np.mean(score["by_position"][places])))
     return scores
 
 
 def by_position(runs, state="carried"):
-    """Bits per character at each position of a segment, {position: bits} for each seed."""
+    """Bits per byte at each position of a segment, {position: bits} for each seed."""
     return [dict(enumerate(result(run)[state]["by_position"], start=1)) for run in runs]
 
 
@@ -646,7 +405,7 @@ LANGUAGE_CELLS = ("all", "first 8", "the rest", "reset", "another's")
 
 
 def language_cells(runs):
-    """The cells of bits per character that the tables of language models share."""
+    """The cells of bits per byte that the tables of language models share."""
     return [
         spread(bits(runs)),
         spread(bits(runs, "carried", FIRST)),
@@ -661,9 +420,8 @@ def language_table(records):
     yield from header("model", "floats", *LANGUAGE_CELLS, "CPU s")
     for name, flags in LANGUAGE.items():
         runs = language(records, **flags)
-        floats = [result(run)["carried"]["state_floats"] for run in runs]
-        seconds = spread(all_of(runs, "seconds"), 0)
-        yield row(name, spread(floats, 0), *language_cells(runs), seconds)
+        floats = spread(all_of(runs, "state_floats"), 0)
+        yield row(name, floats, *language_cells(runs), spread(all_of(runs, "cpu_seconds"), 0))
 
 
 def language_others_table(records):
@@ -698,7 +456,7 @@ def language_tried_table(records):
     """What else was tried, beside the seed 0 of the recipe that was recorded with it."""
     tried = records["language_tried"]
     base = find(tried, **RECIPE, seed=0) or find(records["language"], **RECIPE, seed=0)
-    yield from header("changed, seed 0", "bits per character", "worse by")
+    yield from header("changed, seed 0", "bits per byte", "worse by")
     for name, flags in TRIED.items():
         runs = find(tried, **RECIPE | flags, seed=0)
         if runs and base:
@@ -728,7 +486,7 @@ def by_form(records, form):
 def forms_table(records):
     """Every form of memory on three tasks."""
     yield from header("memory", "copy, 9 segments", "memorize, 4,096 segments",
-                      "language, bits per character")
+                      "language, bits per byte")
     for name, form in FORMS.items():
         yield row(name.replace("\n", " "), *map(spread, by_form(records, form).values()))
 
@@ -746,7 +504,7 @@ def ages(runs, kind):
 
 
 def ages_table(records):
-    """Bits per character over the length of a history and over the age of a state."""
+    """Bits per byte over the length of a history and over the age of a state."""
     histories, frozen = (0, 1, 2, 4, 32), (1, 16, 1024)
     yield from header("model", "began now", *[f"{n} ago" for n in histories[1:]],
                       *[f"frozen {n} ago" for n in frozen])
@@ -781,7 +539,7 @@ def family_table(records):
         text = family(records, name, "train_lm.py")
         yield row(name, spread(at_length(copy, 9)), spread(at_length(copy, 9, "free_running")),
                   spread(all_of(copy, "cpu_seconds"), 0),
-                  *language_cells(text), spread(all_of(text, "seconds"), 0))
+                  *language_cells(text), spread(all_of(text, "cpu_seconds"), 0))
 
 
 SIZES = ("copy", "lm", "tiny", "S", "M")  # of benchmark.py
@@ -882,7 +640,7 @@ def readme_table(records):
 
     plain, cached, ours, _ = [spread(bits(language(records, **LANGUAGE[name]))) for name in BESIDE]
     without = f"`transformer`: {plain}; `transformer_xl` with as large a state: {cached}"
-    what = "Python's library, bits per character; lower is better"
+    what = "Python's library, bits per byte; lower is better"
     yield line(what, "rmt", ours, without, "language")
 
 
@@ -998,8 +756,9 @@ def look(name):
 def save(figure, name, folder=ASSETS, kind="svg"):
     """Write folder/NAME.svg, the same bytes every time, or NAME.png for slides."""
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {}
-    draw = partial(figure.savefig, format=kind, dpi=200, metadata=metadata)
-    train_copy.write(folder / f"{name}.{kind}", draw)
+    path = folder / f"{name}.{kind}"
+    figure.savefig(f"{path}.tmp", format=kind, dpi=200, metadata=metadata)
+    os.replace(f"{path}.tmp", path)
     plt.close(figure)
 
 
@@ -1326,18 +1085,18 @@ def draw_capacity(records):
 
 
 def draw_language(records):
-    """Bits per character by position in the segment, and over bptt_depth."""
+    """Bits per byte by position in the segment, and over bptt_depth."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.6), layout="constrained",
                                          width_ratios=(3, 2))
     for name in BESIDE:
         plot_positions(left, name, by_position(language(records, **LANGUAGE[name])))
-    left.set(ylabel="bits per character", title="What memory is worth, by position")
+    left.set(ylabel="bits per byte", title="What memory is worth, by position")
     left.set_yscale("log")
     left.set_yticks([2, 2.25, 2.5, 3, 3.5], ["2.00", "2.25", "2.50", "3.00", "3.50"])
     left.set_yticks([], minor=True)
     depths = {depth: bits(language(records, **DEPTH, bptt_depth=depth)) for depth in range(4)}
     plot_points(right, look("rmt"), depths)
-    right.set(xlabel="bptt_depth, boundaries", ylabel="bits per character", xticks=range(4),
+    right.set(xlabel="bptt_depth, boundaries", ylabel="bits per byte", xticks=range(4),
               xlim=(-0.4, 3.4), title="rmt, by the reach of gradient")
     legend_below(figure, left, 4)
     return figure
@@ -1348,7 +1107,7 @@ def draw_forms(records):
     panels = {  # the title, and what its axis says
         "copy": ("copy, 9 segments", "answer symbols right"),
         "memorize": ("memorize, 4,096 segments", "fact symbols right"),
-        "language": ("language", "bits per character"),
+        "language": ("language", "bits per byte"),
     }
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.8), sharey=True, layout="constrained")
     for axis, (task, (title, label)) in zip(axes, panels.items(), strict=True):
@@ -1380,10 +1139,10 @@ def draw_ages(records):
         without = np.mean([seed[0] for seed in history])
         right.axhline(without, color=look(name)[0], linestyle=(0, (1, 2)), linewidth=1.5)
     right.annotate("with the initial state", (16, without), (6, -44), textcoords="offset points")
-    left.set(title="A state that began some segments ago", ylabel="bits per character",
+    left.set(title="A state that began some segments ago", ylabel="bits per byte",
              xlabel="segments that it has seen")
     right.set(title="The state of some segments ago", xlabel="its age, segments")
-    for axis, ticks in ((left, HISTORY), (right, [0, 1, 4, 16, 128, 1024])):
+    for axis, ticks in ((left, [0, 1, 2, 4, 8, 16, 32]), (right, [0, 1, 4, 16, 128, 1024])):
         axis.set_xscale("symlog", base=2, linthresh=1)  # which has a place for 0
         axis.set_xlim(-0.3, 1.5 * ticks[-1])
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -1393,7 +1152,7 @@ def draw_ages(records):
 
 
 def draw_family(records):
-    """Bits per character by position in the segment, and what a reset of the memory costs there."""
+    """Bits per byte by position in the segment, and what a reset of the memory costs there."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 4.8), layout="constrained")
     for name in FAMILY:
         runs = family(records, name, "train_lm.py")
@@ -1404,8 +1163,8 @@ def draw_family(records):
             cost.append({x: without[x] - ours[x] for x in ours})
         plot_positions(left, name, carried)
         plot_positions(right, name, cost)
-    left.set(ylabel="bits per character", title="Language, memory carried on")
-    right.set(ylabel="more bits per character", title="What it costs to reset the memory")
+    left.set(ylabel="bits per byte", title="Language, memory carried on")
+    right.set(ylabel="more bits per byte", title="What it costs to reset the memory")
     right.set_yscale("log")
     right.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
     right.set_yticks([], minor=True)
@@ -1470,19 +1229,6 @@ FIGURES = {  # name: the function, and the records that it needs
 }
 
 
-def draw_attention(folder):
-    """What the rows of a finished run of train_copy.py look at, in a fresh sample."""
-    saved = train_copy.load(folder)
-    args, model = trained(saved, device="cpu", questions=1)
-    generator = torch.Generator().manual_seed(args.seed + 2**31)
-    inputs, targets = train_copy.sample(args, model, args.segments, 1, generator)
-    figure = train_copy.draw_attention(args, model, inputs, targets.size(1))
-    figure.set_size_inches(WIDTH, 2 * WIDTH / args.n_layer)
-    for axis in figure.axes:
-        axis.spines[:].set_visible(True)
-    return figure
-
-
 # ==================================================================================================
 # Figures of the notebooks
 
@@ -1542,16 +1288,7 @@ def parse(argv):
     flag("--readme", type=Path, nargs="*", default=READMES, metavar="FILE",
          help="files that get the tables")
     commands = parser.add_subparsers(dest="work")
-    attention = commands.add_parser("attention", help="draw attention.svg from a run's folder")
-    attention.add_argument("folder", type=Path)
     commands.add_parser("film", help="draw film.svg, as notebook 4 does")
-    ages = commands.add_parser("ages", help="how far back runs of train_lm.py use their state")
-    ages.add_argument("folders", type=Path, nargs="+")
-    far = commands.add_parser("far", help="facts in up to millions of tokens of noise")
-    far.add_argument("folders", type=Path, nargs="+")
-    far.add_argument("--tokens", type=train_copy.number(int, 1), nargs="+", required=True,
-                     metavar="N", help="to read before the question, as far as they fill segments")
-    far.add_argument("--device", type=train_copy.device, default="cpu", help="cpu or cuda")
     gathering = commands.add_parser("gather", help="put results into one record")
     gathering.add_argument("name")
     gathering.add_argument("files", type=Path, nargs="+")
@@ -1564,20 +1301,11 @@ def main(args):
     if args.work == "gather":
         gather(args.name, args.files, args.commit, args.results)
         return
-    if args.work == "ages":
-        measure_ages(args.folders, args.results)
-        return
-    if args.work == "far":
-        measure_far(args.folders, args.tokens, args.device, args.results)
-        return
     plt.switch_backend("Agg")
     plt.rcParams.update(STYLE)
     folder = args.png or args.out
     kind = "png" if args.png else "svg"
     folder.mkdir(parents=True, exist_ok=True)
-    if args.work == "attention":
-        save(draw_attention(args.folder), "attention", folder, kind)
-        return
     if args.work == "film":
         draw_film(folder)
         return

@@ -409,11 +409,11 @@ def language(variant):
         run = subprocess.run(command, cwd=root, text=True, encoding="utf-8", stdout=subprocess.PIPE,
                              env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
         print(re.findall(rf"^{variant}: .* CPU seconds of training$", run.stdout, re.MULTILINE)[-1])
-        saved = train_lm.load(out)
-    args = argparse.Namespace(**saved["settings"])
+        saved = torch.load(out / f"{variant}.pt", weights_only=True)
+    args = argparse.Namespace(**saved["flags"])
     corpus = train_lm.Text(train_lm.read(args.data))
     model = train_lm.build(args, variant, len(corpus.vocabulary))
-    model.load_state_dict(saved["runs"][variant]["model"])
+    model.load_state_dict(saved["model"])
     return model.eval(), args, corpus
 
 
