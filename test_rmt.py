@@ -2525,8 +2525,8 @@ class TestScripts:
             assert "(default: 1100)" in shown
             assert "(default: 1100)" not in run_here(script, "--help --task facts").stdout
 
-    @both_scripts
-    @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+    @pytest.mark.parametrize("script, flags, encoding", [
+        (train_copy, COPY, "ascii"), (train_lm, LANGUAGE, "ascii"), (train_lm, LANGUAGE, "cp1252")])
     def test_a_script_needs_only_the_model_beside_it_in_every_locale(
             self, script, flags, encoding, folder):
         """As a process: text of any alphabet, named like it, on a console that does not know it.
@@ -2696,7 +2696,10 @@ class TestScripts:
         before = contents()
         assert_one_line(run_here(script, flags + " --out a", 2), "--out a holds another run")
         other_model = run_here(script, "--resume a --d-model 32", 2)
-        assert_one_line(other_model, "a/rmt.pt has d_model=16, and not 32")
+        assert_one_line(other_model, "a/rmt.pt was trained with --d-model 16, not 32")
+        if script is train_copy:
+            longer = run_here(script, "--resume a --segments 9", 2)
+            assert_one_line(longer, "a/rmt.pt was trained with --segments 6, not 9")
         other_script = {train_copy: train_lm, train_lm: train_copy}[script]
         foreign = run_here(other_script, "--resume a", 2)
         assert_one_line(foreign, "a holds a run of another script or edition: this one has no")
@@ -2747,7 +2750,7 @@ class TestScripts:
     def test_a_trained_model_is_used_as_the_docstring_shows(self, script, flags, run_here, capsys):
         """And as the README does, in the same lines."""
         name = {train_copy: "out/copy-1", train_lm: "out/lm-1"}[script]
-        run_here(script, flags.replace("a.txt", "python") + " --steps 5 --baseline none")
+        run_here(script, flags + " --steps 5 --baseline none")
         lines = script.__doc__.split("in your own code:\n")[1].split("This file needs")[0]
         capsys.readouterr()
         names = {}

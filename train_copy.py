@@ -81,7 +81,7 @@ def train(args, variant):
     )
     path = Path(args.out, f"{variant}.pt")
     if path.exists():
-        load(path, run, model, optimizer, data)
+        load(args, path, run, model, optimizer, data)
     for row in run.rows:
         write_row(args.out, row)
 
@@ -129,7 +129,7 @@ def train(args, variant):
             tqdm.write(f"{variant:16} step {run.step:5}   {longest} segments   "
                        f"loss {run.loss:.3f}   right {run.right[longest]:.3f}")
         if run.step % 100 == 0 or run.step == args.steps:
-            save(path, args, run, model, optimizer, data)
+            save(args, path, run, model, optimizer, data)
     return model, run
 
 
@@ -544,7 +544,7 @@ def evaluate(args, model, segments, between=lambda state: state, free=True):
 # checkpoint, and its numbers are those of a run that was never interrupted.
 
 
-def save(path, args, run, model, optimizer, data):
+def save(args, path, run, model, optimizer, data):
     """Write a checkpoint. The file is complete at any moment, even if the process is killed."""
     checkpoint = vars(run) | {
         "config": asdict(model.config),
@@ -560,9 +560,9 @@ def save(path, args, run, model, optimizer, data):
     os.replace(f"{path}.tmp", path)
 
 
-def load(path, run, model, optimizer, data):
+def load(args, path, run, model, optimizer, data):
     """Restore what save has written."""
-    saved = read_checkpoint(path, model)
+    saved = read_checkpoint(args, path, model)
     optimizer.load_state_dict(saved["optimizer"])
     data.set_state(saved["data"])
     torch.set_rng_state(saved["random"])
@@ -571,7 +571,10 @@ def load(path, run, model, optimizer, data):
     vars(run).update({name: saved[name] for name in vars(run)})
 
 
-def read_checkpoint(path, model):
+KEPT = ["task", "symbols", "keys", "segments", "curriculum", "weight_decay", "seed"]
+
+
+def read_checkpoint(args, path, model):
     """What save has written; the model gets its weights. One line where the file does not fit."""
     try:
         with zipfile.ZipFile(path) as file:
@@ -579,9 +582,10 @@ def read_checkpoint(path, model):
         if damaged is not None:
             fail(f"{path} is damaged: the checksum of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name, value in saved["config"].items():
-            if getattr(model.config, name) != value:
-                fail(f"{path} has {name}={value}, and not {getattr(model.config, name)}")
+        for name in KEPT + [field.name for field in config_fields()]:  # what cannot change
+            was, now = saved["flags"][name], getattr(args, name)
+            if was != now:
+                fail(f"{path} was trained with --{name.replace('_', '-')} {was}, not {now}")
         model.load_state_dict(saved["model"])
         return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
@@ -893,10 +897,11 @@ def run_all(args):
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
 
-    for name, model in models.items():
-        path = Path(args.resume or "", f"{name}.pt")
-        if args.resume is not None and path.exists():
-            read_checkpoint(path, model)
+    if args.resume is not None:
+        for name, model in models.items():
+            path = Path(args.resume, f"{name}.pt")
+            if path.exists():
+                read_checkpoint(args, path, model)
 
     args.out = args.resume or new_folder(args)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}

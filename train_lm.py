@@ -142,7 +142,7 @@ def train(args, variant, text):
             run.rows.append(row)
             write_row(args.out, row)  # for Weights & Biases: wandb.log(row)
         if run.step % 100 == 0 or is_last:
-            save(path, args, run, model, optimizer, text)
+            save(args, path, run, model, optimizer, text)
     return model, run
 
 
@@ -438,7 +438,7 @@ def write_sample(args):
 # checkpoint, and its numbers are those of a run that was never interrupted.
 
 
-def save(path, args, run, model, optimizer, text):
+def save(args, path, run, model, optimizer, text):
     """Write a checkpoint. The file is complete at any moment, even if the process is killed."""
     checkpoint = vars(run) | {
         "state": None if run.state is None else tuple(run.state),
@@ -478,9 +478,10 @@ def read_checkpoint(args, path, model, text):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["text"] != text.sha256:
             fail(f"--data {' '.join(args.data)} is not the text that {path} was trained on")
-        for name, value in saved["config"].items():
-            if getattr(model.config, name) != value:
-                fail(f"{path} has {name}={value}, and not {getattr(model.config, name)}")
+        for name in ["seed", "batch", *(field.name for field in config_fields())]:  # what cannot change
+            was, now = saved["flags"][name], getattr(args, name)
+            if was != now:
+                fail(f"{path} was trained with --{name.replace('_', '-')} {was}, not {now}")
         model.load_state_dict(saved["model"])
         return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
@@ -754,10 +755,11 @@ def run_all(args):
         models = {name: build(args, name, len(text.vocabulary)) for name in names}
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
-    for name, model in models.items():
-        path = Path(args.resume or "", f"{name}.pt")
-        if args.resume is not None and path.exists():
-            read_checkpoint(args, path, model, text)
+    if args.resume is not None:
+        for name, model in models.items():
+            path = Path(args.resume, f"{name}.pt")
+            if path.exists():
+                read_checkpoint(args, path, model, text)
 
     args.out = args.resume or new_folder(args)
     settings = {name: value for name, value in vars(args).items()
