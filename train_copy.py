@@ -45,7 +45,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
-from itertools import accumulate, chain, count
+from itertools import accumulate, chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -292,7 +292,8 @@ def detect(args, segments, batch, generator):
 
 def fact_in_noise(args, segments, where, generator):
     """Noise, with a fact of half a segment at the start of segment `where` (B, 1); a question."""
-    batch, T = len(where), args.segment_len
+    batch = len(where)
+    T = args.segment_len
     n = T // 2
     fact = draw_symbols(args, (batch, n), generator)
     shape = (batch, (segments - 1) * T)
@@ -436,14 +437,17 @@ TASKS = {
 def build(args, variant):
     """A model of one row of VARIANTS, untrained. Raises ValueError where sizes do not fit."""
     torch.manual_seed(args.seed)
-    settings = {field.name: getattr(args, field.name) for field in config_fields()}
+    settings = {name: getattr(args, name) for name in config_fields()}
     vocabulary = TASKS[args.task].words(args)
     return RMT(Config(variant, len(vocabulary), **settings)).to(args.device)
 
 
 def config_fields():
-    """The fields of Config that are flags: --model is the variant, the task has the vocabulary."""
-    return [field for field in fields(Config) if field.name not in ("variant", "vocab_size")]
+    """The fields of Config that are flags. (--model is the variant; the task has a vocabulary.)"""
+    names = [field.name for field in fields(Config)]
+    names.remove("variant")
+    names.remove("vocab_size")
+    return names
 
 
 NO_TARGET = -100  # of outputs that are not scored
@@ -469,7 +473,8 @@ def first_answer(scored):
 
 def check_lengths(args):
     """End with one line unless samples of every length fill their segments."""
-    T, multiple = args.segment_len, TASKS[args.task].multiple
+    T = args.segment_len
+    multiple = TASKS[args.task].multiple
     for n in [args.segments, *training_lengths(args), *args.eval_segments]:
         if n < 2 or n % multiple != 0:
             fail(f"{n} segments must be a multiple of {multiple}, and at least 2, for --task "
@@ -506,7 +511,8 @@ def evaluate(args, model, segments, between=lambda state: state, free=True):
     generator = torch.Generator().manual_seed(args.seed + 2**31)  # not the samples of training
     inputs, targets = sample(args, model, segments, n_samples, generator)
     start, end = first_answer(targets[0] != NO_TARGET)
-    inputs, targets = inputs[:, :end], targets[:, start:end]
+    inputs = inputs[:, :end]
+    targets = targets[:, start:end]
     first = start // T  # the segment in which the answer begins
 
     state = model.initial_state(n_samples)
@@ -554,7 +560,7 @@ def save(args, path, run, model, optimizer, data):
         "optimizer": optimizer.state_dict(),
         "data": data.get_state(),
         "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random_cuda": torch.cuda.get_rng_state_all(),
     }
     torch.save(checkpoint, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
@@ -566,11 +572,13 @@ def load(args, path, run, model, optimizer, data):
     optimizer.load_state_dict(saved["optimizer"])
     data.set_state(saved["data"])
     torch.set_rng_state(saved["random"])
-    if torch.cuda.is_available() and saved["random_cuda"]:
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["random_cuda"])
-    vars(run).update({name: saved[name] for name in vars(run)})
+    for name in vars(run):
+        setattr(run, name, saved[name])
 
 
+# Flags that cannot change when a run is resumed, beside those of Config.
 KEPT = ["task", "symbols", "keys", "segments", "curriculum", "weight_decay", "seed"]
 
 
@@ -582,10 +590,12 @@ def read_checkpoint(args, path, model):
         if damaged is not None:
             fail(f"{path} is damaged: the checksum of {damaged} is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name in KEPT + [field.name for field in config_fields()]:  # what cannot change
-            was, now = saved["flags"][name], getattr(args, name)
+        for name in KEPT + config_fields():
+            flag = f"--{name.replace('_', '-')}"
+            was = saved["flags"][name]
+            now = getattr(args, name)
             if was != now:
-                fail(f"{path} was trained with --{name.replace('_', '-')} {was}, not {now}")
+                fail(f"{path} was trained with {flag} {was}, not {now}")
         model.load_state_dict(saved["model"])
         return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
@@ -609,12 +619,22 @@ def write_json(path, content):
     os.replace(f"{path}.tmp", path)
 
 
+def write_settings(args):
+    """Write config.json, from which --resume takes its settings."""
+    settings = dict(vars(args))
+    for name in ("out", "resume"):
+        del settings[name]
+    write_json(Path(args.out, "config.json"), settings)
+
+
 def new_folder(args):
     """Make the folder of a new run: --out, or the first out/TASK-N that does not exist."""
     folder = args.out
     if folder is None:
-        names = (f"out/{args.task}-{n}" for n in count(1))
-        folder = next(name for name in names if not Path(name).exists())
+        n = 1
+        while Path(f"out/{args.task}-{n}").exists():
+            n += 1
+        folder = f"out/{args.task}-{n}"
     if Path(folder, "config.json").exists():
         fail(f"--out {folder} holds another run: continue it with --resume {folder}, or take "
              "another name")
@@ -675,10 +695,11 @@ def parse(argv):
     flag("--resume", metavar="FOLDER", help="continue the run in a folder")
 
     flag = parser.add_argument_group("model, the fields of Config in rmt.py").add_argument
-    for field in config_fields():
-        kind = type(field.default)
-        flag(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
-             metavar=kind.__name__, help="(default: %(default)s)")
+    for name in config_fields():
+        default = getattr(Config, name)
+        kind = type(default)
+        flag(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=kind.__name__,
+             help="(default: %(default)s)")
     parser.set_defaults(segment_len=8, cache_len=8)  # shorter than those of Config
 
     # A first look, without --help, which shows the defaults of the task.
@@ -772,15 +793,19 @@ def print_examples(args, inputs, targets, answers):
     """The first three samples, with a caret below each mistake."""
     words = TASKS[args.task].words(args)
     space = " " if max(map(len, words)) > 1 else ""
-    prompts = inputs[:3, :inputs.size(1) - targets.size(1) + 1]
+    n_prompt = inputs.size(1) - targets.size(1) + 1
     print(f"\nthree answers of {args.model}, free-running; ^ marks a mistake")
-    for prompt, right, answer in zip(
-            prompts.tolist(), targets.tolist(), answers.tolist(), strict=False):
-        marks = ["^" * len(words[a]) if a != r else " " * len(words[a])
-                 for a, r in zip(answer, right, strict=True)]
-        print("    input  ", space.join(words[token] for token in prompt))
-        print("    right  ", space.join(words[token] for token in right))
-        print("    model  ", space.join(words[token] for token in answer))
+    for i in range(3):
+        prompt = [words[token] for token in inputs[i, :n_prompt]]
+        right = [words[token] for token in targets[i]]
+        answer = [words[token] for token in answers[i]]
+        marks = []
+        for word, right_word in zip(answer, right, strict=True):
+            mark = " " if word == right_word else "^"
+            marks.append(mark * len(word))
+        print("    input  ", space.join(prompt))
+        print("    right  ", space.join(right))
+        print("    model  ", space.join(answer))
         print("           ", space.join(marks))
 
 
@@ -891,7 +916,9 @@ def main(argv):
 def run_all(args):
     """Check all there is to check before anything is written; train; report."""
     check_lengths(args)
-    names = [args.model] if args.baseline in ("none", args.model) else [args.model, args.baseline]
+    names = [args.model]
+    if args.baseline not in ("none", args.model):
+        names.append(args.baseline)
     try:
         models = {name: build(args, name) for name in names}
     except ValueError as reason:  # sizes that do not fit
@@ -904,8 +931,7 @@ def run_all(args):
                 read_checkpoint(args, path, model)
 
     args.out = args.resume or new_folder(args)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    write_json(Path(args.out, "config.json"), settings)
+    write_settings(args)
     Path(args.out, "metrics.csv").unlink(missing_ok=True)  # train writes all its rows again
     print(f"{args.task} over {args.segments} segments of {args.segment_len} tokens: device "
           f"{args.device}, seed {args.seed}, files in {args.out}")

@@ -50,7 +50,7 @@ import time
 import zipfile
 from dataclasses import asdict, fields
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,13 +151,16 @@ def build(args, variant, vocab_size):
     if VARIANTS[variant].mask == "full":
         raise ValueError(f"{variant} sees whole segments, the next byte too: take rmt")
     torch.manual_seed(args.seed)
-    settings = {field.name: getattr(args, field.name) for field in config_fields()}
+    settings = {name: getattr(args, name) for name in config_fields()}
     return RMT(Config(variant, vocab_size, **settings)).to(args.device)
 
 
 def config_fields():
-    """The fields of Config that are flags: --model is the variant, the text has the vocabulary."""
-    return [field for field in fields(Config) if field.name not in ("variant", "vocab_size")]
+    """The fields of Config that are flags. (--model is the variant; the text has a vocabulary.)"""
+    names = [field.name for field in fields(Config)]
+    names.remove("variant")
+    names.remove("vocab_size")
+    return names
 
 
 # ==================================================================================================
@@ -449,7 +452,7 @@ def save(args, path, run, model, optimizer, text):
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random_cuda": torch.cuda.get_rng_state_all(),
     }
     torch.save(checkpoint, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
@@ -460,12 +463,16 @@ def load(args, path, run, model, optimizer, text):
     saved = read_checkpoint(args, path, model, text)
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"])
-    if torch.cuda.is_available() and saved["random_cuda"]:
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["random_cuda"])
-    vars(run).update({name: saved[name] for name in vars(run)})
+    for name in vars(run):
+        setattr(run, name, saved[name])
     if run.state is not None:
         device = next(model.parameters()).device
         run.state = tree_map(lambda t: t.to(device), State(*run.state))
+
+
+KEPT = ["seed", "batch"]  # flags that cannot change when a run is resumed, beside those of Config
 
 
 def read_checkpoint(args, path, model, text):
@@ -478,10 +485,12 @@ def read_checkpoint(args, path, model, text):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["text"] != text.sha256:
             fail(f"--data {' '.join(args.data)} is not the text that {path} was trained on")
-        for name in ["seed", "batch", *(field.name for field in config_fields())]:  # what cannot change
-            was, now = saved["flags"][name], getattr(args, name)
+        for name in KEPT + config_fields():
+            flag = f"--{name.replace('_', '-')}"
+            was = saved["flags"][name]
+            now = getattr(args, name)
             if was != now:
-                fail(f"{path} was trained with --{name.replace('_', '-')} {was}, not {now}")
+                fail(f"{path} was trained with {flag} {was}, not {now}")
         model.load_state_dict(saved["model"])
         return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
@@ -505,12 +514,22 @@ def write_json(path, content):
     os.replace(f"{path}.tmp", path)
 
 
+def write_settings(args):
+    """Write config.json, from which --resume takes its settings."""
+    settings = dict(vars(args))
+    for name in ("out", "resume", "sample"):
+        del settings[name]
+    write_json(Path(args.out, "config.json"), settings)
+
+
 def new_folder(args):
     """Make the folder of a new run: --out, or the first out/lm-N that does not exist."""
     folder = args.out
     if folder is None:
-        names = (f"out/lm-{n}" for n in count(1))
-        folder = next(name for name in names if not Path(name).exists())
+        n = 1
+        while Path(f"out/lm-{n}").exists():
+            n += 1
+        folder = f"out/lm-{n}"
     if Path(folder, "config.json").exists():
         fail(f"--out {folder} holds another run: continue it with --resume {folder}, or take "
              "another name")
@@ -574,10 +593,11 @@ def parse(argv):
     flag("--top-k", type=int, metavar="N", help="choose among so many bytes; None: all")
 
     flag = parser.add_argument_group("model, the fields of Config in rmt.py").add_argument
-    for field in config_fields():
-        kind = type(field.default)
-        flag(f"--{field.name.replace('_', '-')}", type=kind, default=field.default,
-             metavar=kind.__name__, help="(default: %(default)s)")
+    for name in config_fields():
+        default = getattr(Config, name)
+        kind = type(default)
+        flag(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=kind.__name__,
+             help="(default: %(default)s)")
     parser.set_defaults(**RECIPE)
 
     args = parser.parse_args(argv)
@@ -598,7 +618,9 @@ def parse(argv):
         fail(f"--device {args.device} cannot be used here: {reason}")
     # Files get absolute names, so that the run can be resumed from any folder.
     no_files = ["", "python", *DOWNLOADS]
-    args.data = [name if name in no_files else str(Path(name).absolute()) for name in args.data]
+    for i, name in enumerate(args.data):
+        if name not in no_files:
+            args.data[i] = str(Path(name).absolute())
     return args
 
 
@@ -621,16 +643,10 @@ def read_settings(folder, args):
 
 def report(args, trained, text):
     """Evaluate on the test part, print, draw, and write a sample."""
-    quarter = max(1, args.segment_len // 4)
-    several = text.bytes_per_character > 1.01  # the accents of a few names do not count
-    print(f"\nbits per byte of the test part, {len(text.test)} bytes; 'first' are the first "
-          f"{quarter} of a segment")
-    print(f"model            state at a boundary                all  first   rest"
-          f"{'   per character' if several else ''}")
+    print(f"\nbits of the test part, {len(text.test)} bytes          per byte   per character")
 
-    def print_row(name, state, bits, more=""):
-        per_character = f"{bits * text.bytes_per_character:16.3f}" if several else ""
-        print(f"{name:17}{state:31}{bits:7.3f}{more:14}{per_character}")
+    def print_row(name, state, bits):
+        print(f"{name:17}{state:25}{bits:8.3f}{bits * text.bytes_per_character:16.3f}")
 
     results = {"bytes_per_character": text.bytes_per_character, "text_sha256": text.sha256}
     for name, bits in references(text).items():
@@ -641,11 +657,8 @@ def report(args, trained, text):
         for state, between in boundaries(model).items():
             if state == "of another stream" and n_streams(text.test, args.segment_len) == 1:
                 break  # there is no other
-            scores = evaluate(args, model, text.test, between)
-            results[name][state] = scores
-            by_position = torch.tensor(scores["by_position"])
-            first, rest = by_position[:quarter].mean(), by_position[quarter:].mean()
-            print_row(name, state, scores["bits_per_byte"], f"{first:7.3f}{rest:7.3f}")
+            results[name][state] = evaluate(args, model, text.test, between)
+            print_row(name, f"state {state}", results[name][state]["bits_per_byte"])
             if model.state_floats() == 0:
                 break  # there is nothing to tamper with
     write_result(args, results)
@@ -750,7 +763,9 @@ def run_all(args):
     text = Text(read(args.data))
     check_sizes(args, text)
     encode_prompt(text.vocabulary, os.fsencode(args.prompt))
-    names = [args.model] if args.baseline in ("none", args.model) else [args.model, args.baseline]
+    names = [args.model]
+    if args.baseline not in ("none", args.model):
+        names.append(args.baseline)
     try:
         models = {name: build(args, name, len(text.vocabulary)) for name in names}
     except ValueError as reason:  # sizes that do not fit
@@ -762,9 +777,7 @@ def run_all(args):
                 read_checkpoint(args, path, model, text)
 
     args.out = args.resume or new_folder(args)
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out", "resume", "sample")}
-    write_json(Path(args.out, "config.json"), settings)
+    write_settings(args)
     Path(args.out, "metrics.csv").unlink(missing_ok=True)  # train writes all its rows again
     print(f"{' '.join(args.data)}: {len(text.train)} bytes to train on, {len(text.valid)} to "
           f"validate, {len(text.test)} to test; {len(text.vocabulary)} different ones")
