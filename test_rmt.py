@@ -1937,6 +1937,11 @@ class TestTasks:
         assert [*source] == [*right, "|"] or sorted(source[:-1]) == [*right]
         assert results("out/sort-1")["rmt"]["4"]["teacher_forced"] < 1
 
+        run_here(train_copy, "--resume out/sort-1 --steps 11")
+        monkeypatch.delitem(train_copy.TASKS, "sort")
+        assert_one_line(run_here(train_copy, "--resume out/sort-1", 2),
+                        "holds a run of the task sort, which is not in TASKS")
+
         monkeypatch.setitem(train_copy.TASKS, "sort", row._replace(multiple=3))
         misfit = run_here(train_copy, "--task sort --segments 9 --segment-len 3", 2)
         assert_one_line(misfit, "--task sort over 9 segments of 3 tokens: the first answer must "
@@ -2297,14 +2302,18 @@ class TestTrainLM:
         Path("chinese.txt").write_text(chinese, encoding="utf-8")
         Path("french.txt").write_text((TEXT[:98] + "\u00e9 ") * 200, encoding="utf-8")
         Path("latin.txt").write_text((TEXT[:98] + "\u00e9 ") * 200, encoding="latin-1")
-        ratios = {"chinese": 3.0, "french": 1.01, "latin": 1.0}
+        ratios = {"chinese": 3.0, "french": 1.01, "latin": None}
         for name, ratio in ratios.items():
             flags = f"{LANGUAGE} --data {name}.txt --baseline none --steps 5 --out {name}"
             run = run_here(train_lm, flags)
-            assert results(name)["bytes_per_character"] == pytest.approx(ratio, rel=1e-3)
+            found = results(name)["bytes_per_character"]
             row = next(line for line in run.stdout.splitlines() if "carried" in line)
-            per_byte, per_character = map(float, row.split()[-2:])
-            assert per_character == pytest.approx(ratio * per_byte, abs=0.003)
+            if ratio is None:
+                assert found is None and row.endswith("not UTF-8")
+            else:
+                assert found == pytest.approx(ratio, rel=1e-3)
+                per_byte, per_character = map(float, row.split()[-2:])
+                assert per_character == pytest.approx(ratio * per_byte, abs=0.003)
             for written in (run.stdout, Path(name, "metrics.csv").read_text()):
                 assert "characters" not in written and "byte" in written
         sample = run_here(train_lm, f"--sample chinese --length 30 --prompt {letters}").stdout
@@ -2403,22 +2412,22 @@ class TestTexts:
 
 MISTAKES = [
     (train_copy, "--task swap", "invalid choice: 'swap'"),
-    (train_copy, "--segments 8", "8 segments must be a multiple of 3"),
-    (train_copy, "--eval-segments 4", "4 segments must be a multiple of 3"),
+    (train_copy, "--segments 8", "at least 2, and multiples of 3: 8 is not"),
+    (train_copy, "--eval-segments 4", "at least 2, and multiples of 3: 4 is not"),
     (train_copy, "--task retrieval --segment-len 3", "over 5 segments of 3 tokens"),
     (train_copy, "--task remember --keys 4 --segments 6", "needs 5 different keys and there are 4"),
     (train_copy, "--task facts --segment-len 11", "--segment-len 11 must be a multiple of 6"),
     (train_copy, "--task quadratic --segments 12", "must end within 331 to 360 tokens"),
     (train_copy, "--task memorize --segment-len 1", "over 8 segments of 1 tokens"),
     (train_copy, "--symbols 99", "invalid choice: 99"),
-    (train_lm, "--data no.txt", "no.txt': no such file or folder"),
-    (train_lm, '--data ""', "--data '': no such file or folder"),
+    (train_lm, "--data no.txt", "no.txt' is no file or folder"),
+    (train_lm, '--data ""', "--data '' is no file or folder"),
     (train_lm, "--data empty.txt", "its train part has 0 bytes and must have 2049"),
     (train_lm, "--data short.txt --batch 1", "its valid part has 10 bytes and must have 33"),
     (train_lm, "--data mixed", "zeros.bin has zero bytes: it is not text"),
     (train_lm, "--data notepad.txt", "notepad.txt is encoded in UTF-16: save it in UTF-8"),
     (train_lm, "--data no.zip", "no.zip cannot be unpacked"),
-    (train_lm, "--prompt \u00e9", "has bytes that do not occur in the training part: b"),
+    (train_lm, "--prompt \u00e9", "--prompt has '\u00e9', which the training text does not"),
     (train_lm, "--model rmt_encoder", "rmt_encoder sees whole segments, the next byte too"),
     (train_lm, "--temperature -1", "--temperature -1.0 must be at least 0"),
     (train_lm, "--sample nowhere", "nowhere holds no run"),
@@ -2445,7 +2454,7 @@ for script in (train_copy, train_lm):
 REPORTED = {  # what a run prints, and the files that it writes
     train_copy: ["rmt  ", "transformer  ", "free-running", "its initial state at every boundary",
                  "the state of another sample", "longer than in training", "state of 32 floats",
-                 "files in out/copy-1"],
+                 "files in out/\\u8bb0"],
     train_lm: ["uniform  ", "unigram  ", "bigram  ", "gzip -9  ", "rmt  ", "transformer  ",
                "carried  ", "reset  ", "of another stream  ", "18081 bytes to train on",
                "state of 32 floats", "state of 0 floats", "files in out/lm-1",
@@ -2537,6 +2546,8 @@ class TestScripts:
         Path(name).write_text("\u00e9\u2192\U0001f600" * 10 + TEXT, encoding="utf-8")
         Path("copy of " + name).write_bytes(Path(name).read_bytes())
         flags = flags.replace("a.txt", f"{name} 'copy of {name}'") + " --memory-noise 0.5"
+        if script is train_copy:
+            flags += " --out out/\u8bb0"
         strict = ["-W", "error", "-X", "warn_default_encoding"]
         strict += ["-W", "ignore::EncodingWarning", "-W", "error::EncodingWarning:__main__"]
         run = end_process(start_process(f"{script.__name__}.py", flags, strict, LC_ALL="C.UTF-8",
@@ -2643,7 +2654,7 @@ class TestScripts:
         as_text = [{name: "" if value is None else str(value) for name, value in row.items()}
                    for row in saved]
         assert rows == as_text
-        assert rows[-1]["step"] == {train_copy: "40", train_lm: "45"}[script]
+        assert rows[-1]["step"] == "45"
 
     @both_scripts
     def test_a_loss_that_is_no_number_ends_the_run_with_one_line(self, script, flags, run_here):
@@ -2664,7 +2675,7 @@ class TestScripts:
         run_here(script, flags + " --out whole")
         with at_call(script, 116, interrupt):
             stopped = run_here(script, f"{flags} --out parts", expected_status=130)
-        assert f"to resume: python {script.__name__}.py --resume parts" in stopped.stdout
+        assert f"to resume: python {script.__file__} --resume parts" in stopped.stdout
         assert checkpoint("parts")["step"] == 100
         Path("elsewhere").mkdir()
         monkeypatch.chdir("elsewhere")
@@ -2672,6 +2683,16 @@ class TestScripts:
         assert_same_run("../parts", "../whole")
         run_here(script, "--resume ../parts")  # once more, when all is done
         assert_same_run("../parts", "../whole")
+
+    @both_scripts
+    def test_ctrl_c_before_there_is_a_folder_is_silent(
+            self, script, flags, run_here, monkeypatch):
+        run_here(train_lm, LANGUAGE + " --steps 1 --baseline none --out a")
+        monkeypatch.setattr(script, "build", lambda *_: interrupt())
+        assert run_here(script, flags, expected_status=130).stderr == ""
+        monkeypatch.setattr(train_lm, "stream", lambda *_: interrupt())
+        assert run_here(train_lm, "--sample a", expected_status=130).stderr == ""
+        assert [path.name for path in Path().iterdir()] in (["a", "a.txt"], ["a.txt", "a"])
 
     @both_scripts
     def test_a_run_goes_on_from_nothing_and_for_more_steps(self, script, flags, run_here):
@@ -2700,7 +2721,7 @@ class TestScripts:
             assert_one_line(longer, "a/rmt.pt was trained with --segments 6, not 9")
         other_script = {train_copy: train_lm, train_lm: train_copy}[script]
         foreign = run_here(other_script, "--resume a", 2)
-        assert_one_line(foreign, "a holds a run of another script or edition: this one has no")
+        assert_one_line(foreign, "a holds a run of another script or edition: train_")
         assert contents() == before
 
     @both_scripts
@@ -2725,7 +2746,7 @@ class TestScripts:
         settings = json.loads(Path("a/config.json").read_text())
         settings["config"] = {"dropout": 0.1}  # as the second edition wrote it
         Path("a/config.json").write_text(json.dumps(settings))
-        assert_one_line(run_here(script, "--resume a", 2), "this one has no config")
+        assert_one_line(run_here(script, "--resume a", 2), "has no setting config")
 
     def test_a_language_model_continues_with_its_own_text_wherever_that_is(
             self, run_here, monkeypatch):
@@ -2735,7 +2756,7 @@ class TestScripts:
         Path("a.txt").rename("drive/b.txt")
         Path("other.txt").write_text("another text; " * 1500)
         before = contents()
-        assert_one_line(run_here(train_lm, "--resume a", 2), "a.txt': no such file or folder")
+        assert_one_line(run_here(train_lm, "--resume a", 2), "a.txt' is no file or folder")
         other = run_here(train_lm, "--resume a --data other.txt", 2)
         assert_one_line(other, "other.txt is not the text that a/rmt.pt was trained on")
         assert contents() == before

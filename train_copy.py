@@ -119,10 +119,11 @@ def train(args, variant):
         run.step = step + 1
 
         # Metrics, a line on the screen, and a checkpoint.
-        if run.step % 20 == 0:
+        if run.step % 20 == 0 or run.step == args.steps:
             row = {"model": variant, "step": run.step, "loss": run.loss,
                    "grad_norm": grad_norm.item()}
-            row |= {f"right_{n}": share for n, share in run.right.items()}
+            for length, share in run.right.items():
+                row[f"right_{length}"] = share if share > 0 else None  # None: not seen yet
             run.rows.append(row)
             write_row(args.out, row)  # for Weights & Biases: wandb.log(row)
         if run.step % max(1, args.steps // 8) == 0:
@@ -154,8 +155,9 @@ def choose_length(args, lengths, generator):
 # Tasks
 #
 # A task draws samples: tokens (B, length), and which of them are answers, bool (length,). The model
-# reads all tokens but the last one, and is scored where the next token belongs to an answer. In the
-# examples below a segment has 4 tokens unless they say otherwise. Spaces separate the segments, and
+# reads all tokens but the last one, and is scored where the next token belongs to an answer. A
+# sample of n segments has its first answer in the last of them; more questions may follow. In the
+# examples a segment has 4 tokens, unless another number is given. Spaces separate the segments, and
 # a dot is an output that is not scored.
 
 MARK, QUESTION, BLANK = range(3)  # written | ? _
@@ -393,7 +395,11 @@ def symbols_and_keys(args):
 
 
 class Task(NamedTuple):
-    """Everything about one task. `python train_copy.py --task NAME` knows whatever is in TASKS."""
+    """Everything about one task. It is trained with --task NAME once it has a row in TASKS.
+
+    A task in a file of your own: import train_copy, set train_copy.TASKS["sort"] = Task(...), and
+    end with train_copy.main(sys.argv[1:]).
+    """
     draw: Callable     # (args, segments, batch, generator) -> tokens, which of them are answers
     words: Callable    # (args) -> the vocabulary, a list of strings
     recipe: dict       # the flags whose defaults differ for this task
@@ -467,7 +473,7 @@ def sample(args, model, segments, batch, generator):
 def first_answer(scored):
     """Where the first answer begins and ends, if scored (length,) tells which outputs count."""
     start = scored.int().argmax()
-    n = scored[start:].int().cumprod(dim=0).sum()
+    n = scored[start:].int().cumprod(dim=0).sum()  # how many are scored in a row
     return start.item(), (start + n).item()
 
 
@@ -477,8 +483,8 @@ def check_lengths(args):
     multiple = TASKS[args.task].multiple
     for n in [args.segments, *training_lengths(args), *args.eval_segments]:
         if n < 2 or n % multiple != 0:
-            fail(f"{n} segments must be a multiple of {multiple}, and at least 2, for --task "
-                 f"{args.task}")
+            fail(f"--task {args.task} needs --segments and --eval-segments of at least 2, and "
+                 f"multiples of {multiple}: {n} is not")
         _, is_answer = TASKS[args.task].draw(args, n, 1, torch.Generator())
         _, end = first_answer(is_answer[1:])
         if not (n - 1) * T < end <= n * T:
@@ -595,7 +601,7 @@ def read_checkpoint(args, path, model):
             was = saved["flags"][name]
             now = getattr(args, name)
             if was != now:
-                fail(f"{path} was trained with {flag} {was}, not {now}")
+                fail(f"{path} was trained with {flag} {was}, not {now}: leave out that flag")
         model.load_state_dict(saved["model"])
         return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
@@ -660,7 +666,8 @@ def parse(argv):
         allow_abbrev=False)
     parser.error = fail
 
-    flag = parser.add_argument_group("task").add_argument
+    flag = parser.add_argument_group(
+        "task, which sets defaults of its own (--task NAME --help shows them)").add_argument
     flag("--task", choices=TASKS, default="copy", metavar="NAME",
          help=f"what to learn: {', '.join(TASKS)}")
     flag("--symbols", type=int, default=10, choices=range(2, 37), metavar="2..36",
@@ -677,9 +684,9 @@ def parse(argv):
     flag("--steps", type=int, default=1000, metavar="N", help="optimizer steps")
     flag("--batch", type=int, default=32, metavar="N", help="samples per step")
     flag("--lr", type=float, default=3e-3, metavar="X", help="learning rate at its peak")
-    flag("--weight-decay", type=float, default=0.01, metavar="X", help="of AdamW")
-    flag("--bptt-depth", type=int, metavar="N", help="boundaries that gradient crosses")
-    flag("--seed", type=int, default=0, metavar="N", help="of weights and samples")
+    flag("--weight-decay", type=float, default=0.01, metavar="X", help="weight decay of AdamW")
+    flag("--bptt-depth", type=int, metavar="N", help="boundaries that gradient crosses; None: all")
+    flag("--seed", type=int, default=0, metavar="N", help="random seed of weights and samples")
     flag("--compile", action="store_true", help="use torch.compile; takes a minute to start")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     flag("--threads", type=int, default=1, metavar="N", help="CPU threads; 1 is fastest here")
@@ -704,7 +711,8 @@ def parse(argv):
 
     # A first look, without --help, which shows the defaults of the task.
     args, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    parser.set_defaults(**TASKS[args.task].recipe, command=shlex.join(["train_copy.py", *argv]))
+    parser.set_defaults(**TASKS[args.task].recipe)
+    parser.set_defaults(command=shlex.join([Path(sys.argv[0]).name, *argv]))
     if args.resume is not None:
         parser.set_defaults(**read_settings(args))
     args = parser.parse_args(argv)
@@ -718,7 +726,7 @@ def parse(argv):
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as reason:
-        fail(f"--device {args.device} cannot be used here: {reason}")
+        fail(f"--device {args.device} cannot be used here, take --device cpu: {reason}")
     return args
 
 
@@ -730,8 +738,12 @@ def read_settings(args):
     except (OSError, ValueError, TypeError) as reason:
         fail(f"--resume {args.resume} holds no run: {reason}")
     if unknown:
-        fail(f"--resume {args.resume} holds a run of another script or edition: this one has no "
-             f"{', '.join(sorted(unknown))}")
+        fail(f"{args.resume} holds a run of another script or edition: train_copy.py has no "
+             f"setting {', '.join(sorted(unknown))}")
+    task = settings.get("task")
+    if task not in TASKS:
+        fail(f"{args.resume} holds a run of the task {task}, which is not in TASKS: resume it with "
+             "the script that adds it")
     return settings
 
 
@@ -838,13 +850,13 @@ def draw_training(args, trained):
         left.plot(steps, losses, line, color=color, label=name)
     _, run = trained[args.model]
     for i, n in enumerate(run.right):
-        seen = [row for row in run.rows if row[f"right_{n}"] > 0]
+        seen = [row for row in run.rows if row[f"right_{n}"] is not None]
         steps = [row["step"] for row in seen]
         shares = [row[f"right_{n}"] for row in seen]
         color = matplotlib.colormaps["viridis"](0.85 * i / max(1, len(run.right) - 1))
         right.plot(steps, shares, color=color, label=f"{n} segments")
     left.set(xlabel="training step", ylabel="loss, nats per answer symbol",
-             title="lower is better (running mean)")
+             title="training loss (running mean)")
     right.set(xlabel="training step", ylabel="share of answer symbols right", ylim=(0, 1.03),
               title=f"{args.model} learns {args.task} (running mean)")
     left.legend()
@@ -885,7 +897,7 @@ def draw_map(axis, weights, widths):
         set_ticks(middles, list(blocks))
         for end in ends[:-1]:
             draw_line(end, color="black", linewidth=0.8)
-    axis.set(xlabel="is seen", ylabel="looks")
+    axis.set(xlabel="key: what is seen", ylabel="query: who looks")
 
 
 # ==================================================================================================
@@ -900,7 +912,8 @@ def main(argv):
     try:
         reached = run_all(args)
     except KeyboardInterrupt:
-        print(f"\nstopped; to resume: python train_copy.py --resume {shlex.quote(args.out)}")
+        if args.out is not None:
+            print(f"\nstopped; to resume: python {sys.argv[0]} --resume {shlex.quote(args.out)}")
         sys.exit(130)
     except OSError as reason:  # a folder or a file that cannot be written
         fail(reason)

@@ -275,11 +275,11 @@ class Text:
 
 
 def bytes_per_character(raw):
-    """Of the test part of a text in UTF-8; 1.0 where the encoding is another one."""
+    """Of the test part of a text, if it is in UTF-8; else None."""
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError:
-        return 1.0
+        return None
     test = np.frombuffer(raw[len(raw) * 95 // 100:], np.uint8)
     begins = test & 0b11000000 != 0b10000000  # all bytes of a character but the first are 10......
     return len(test) / max(1, begins.sum().item())
@@ -333,8 +333,8 @@ def files_of(name):
     if root.is_file():
         return [root]
     if name == "" or not root.is_dir():
-        fail(f"--data {name!r}: no such file or folder, and not one of "
-             f"{', '.join(['python', *DOWNLOADS])}")
+        fail(f"--data {name!r} is no file or folder, and not one of "
+             f"{', '.join(['python', *DOWNLOADS])}: give the place of your text with --data")
     files = []
     for path in sorted(root.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
@@ -389,7 +389,7 @@ def check_sizes(args, text):
         length = len(getattr(text, name))
         if length < least:
             fail(f"--data {' '.join(args.data)}: its {name} part has {length} bytes and must have "
-                 f"{least}: give more text, or a smaller --batch or --segment-len")
+                 f"{least}: give more text, or a smaller --segment-len (for train, --batch)")
 
 
 # ==================================================================================================
@@ -408,9 +408,10 @@ def write_on(args, model, vocabulary, prompt):
 
 def encode_prompt(vocabulary, prompt):
     """The tokens of a prompt, or one line if it has bytes that the model does not know."""
-    unknown = bytes(sorted(set(prompt) - set(vocabulary)))
+    unknown = bytes(byte for byte in prompt if byte not in vocabulary)
     if unknown:
-        fail(f"--prompt has bytes that do not occur in the training part: {unknown!r}")
+        characters = unknown.decode("utf-8", "backslashreplace")
+        fail(f"--prompt has {characters!r}, which the training text does not: leave that out")
     return [vocabulary.index(byte) for byte in prompt]
 
 
@@ -490,7 +491,7 @@ def read_checkpoint(args, path, model, text):
             was = saved["flags"][name]
             now = getattr(args, name)
             if was != now:
-                fail(f"{path} was trained with {flag} {was}, not {now}")
+                fail(f"{path} was trained with {flag} {was}, not {now}: leave out that flag")
         model.load_state_dict(saved["model"])
         return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
@@ -560,7 +561,7 @@ def parse(argv):
 
     flag = parser.add_argument_group("training").add_argument
     flag("--data", nargs="+", default=["python"], metavar="NAME",
-         help=f"python: its standard library; {', '.join(DOWNLOADS)}; files, folders")
+         help=f"python (its library), {', '.join(DOWNLOADS)}, or files, folders")
     flag("--model", choices=VARIANTS, default="rmt", metavar="NAME", help=", ".join(VARIANTS))
     flag("--baseline", choices=[*VARIANTS, "none"], default="transformer", metavar="NAME",
          help="another model to train and compare, or none")
@@ -568,11 +569,11 @@ def parse(argv):
     flag("--batch", type=int, default=32, metavar="N", help="streams of text, read side by side")
     flag("--segments-per-step", type=int, default=2, metavar="N",
          help="segments that a step reads of each stream")
-    flag("--bptt-depth", type=int, metavar="N", help="boundaries that gradient crosses")
+    flag("--bptt-depth", type=int, metavar="N", help="boundaries that gradient crosses; None: all")
     flag("--reset-every", type=int, default=64, metavar="N",
          help="steps until the states are reset; 0: never")
     flag("--lr", type=float, default=0.012, metavar="X", help="learning rate at its peak")
-    flag("--seed", type=int, default=0, metavar="N", help="of all random numbers")
+    flag("--seed", type=int, default=0, metavar="N", help="random seed")
     flag("--bf16", action="store_true", help="compute in bfloat16")
     flag("--compile", action="store_true", help="use torch.compile; takes a minute to start")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
@@ -584,13 +585,13 @@ def parse(argv):
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--out", metavar="FOLDER", help="where to write; None: out/lm-1, -2, ...")
     flag("--resume", metavar="FOLDER", help="continue the run in a folder")
-    flag("--sample", metavar="FOLDER", help="let --model of a run write, and train nothing")
+    flag("--sample", metavar="FOLDER", help="write text with the --model of a run; no training")
 
     flag = parser.add_argument_group("sample").add_argument
-    flag("--prompt", default="", help="text to continue")
+    flag("--prompt", default="", metavar="TEXT", help="text to continue")
     flag("--length", type=int, default=1000, metavar="N", help="bytes to write")
     flag("--temperature", type=float, default=0.8, metavar="X", help="0: the most likely byte")
-    flag("--top-k", type=int, metavar="N", help="choose among so many bytes; None: all")
+    flag("--top-k", type=int, metavar="N", help="sample from the N likeliest bytes; None: all")
 
     flag = parser.add_argument_group("model, the fields of Config in rmt.py").add_argument
     for name in config_fields():
@@ -601,7 +602,7 @@ def parse(argv):
     parser.set_defaults(**RECIPE)
 
     args = parser.parse_args(argv)
-    parser.set_defaults(command=shlex.join(["train_lm.py", *argv]))
+    parser.set_defaults(command=shlex.join([Path(sys.argv[0]).name, *argv]))
     if args.resume is not None or args.sample is not None:
         parser.set_defaults(**read_settings(args.resume or args.sample, args))
     args = parser.parse_args(argv)
@@ -615,7 +616,7 @@ def parse(argv):
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as reason:
-        fail(f"--device {args.device} cannot be used here: {reason}")
+        fail(f"--device {args.device} cannot be used here, take --device cpu: {reason}")
     # Files get absolute names, so that the run can be resumed from any folder.
     no_files = ["", "python", *DOWNLOADS]
     for i, name in enumerate(args.data):
@@ -632,7 +633,7 @@ def read_settings(folder, args):
     except (OSError, ValueError, TypeError) as reason:
         fail(f"{folder} holds no run: {reason}")
     if unknown:
-        fail(f"{folder} holds a run of another script or edition: this one has no "
+        fail(f"{folder} holds a run of another script or edition: train_lm.py has no setting "
              f"{', '.join(sorted(unknown))}")
     return settings
 
@@ -645,10 +646,13 @@ def report(args, trained, text):
     """Evaluate on the test part, print, draw, and write a sample."""
     print(f"\nbits of the test part, {len(text.test)} bytes          per byte   per character")
 
-    def print_row(name, state, bits):
-        print(f"{name:17}{state:25}{bits:8.3f}{bits * text.bytes_per_character:16.3f}")
+    ratio = text.bytes_per_character
 
-    results = {"bytes_per_character": text.bytes_per_character, "text_sha256": text.sha256}
+    def print_row(name, state, bits):
+        per_character = "not UTF-8" if ratio is None else f"{bits * ratio:.3f}"
+        print(f"{name:17}{state:25}{bits:8.3f}{per_character:>16}")
+
+    results = {"bytes_per_character": ratio, "text_sha256": text.sha256}
     for name, bits in references(text).items():
         results[name] = {"bits_per_byte": bits}
         print_row(name, "", bits)
@@ -752,6 +756,10 @@ def main(argv):
             write_sample(args)
         else:
             run_all(args)
+    except KeyboardInterrupt:
+        if args.out is not None:
+            print(f"\nstopped; to resume: python {sys.argv[0]} --resume {shlex.quote(args.out)}")
+        sys.exit(130)
     except OSError as reason:  # a file that cannot be read, a folder that cannot be written
         fail(reason)
     finally:
@@ -780,7 +788,7 @@ def run_all(args):
     write_settings(args)
     Path(args.out, "metrics.csv").unlink(missing_ok=True)  # train writes all its rows again
     print(f"{' '.join(args.data)}: {len(text.train)} bytes to train on, {len(text.valid)} to "
-          f"validate, {len(text.test)} to test; {len(text.vocabulary)} different ones")
+          f"validate, {len(text.test)} to test; {len(text.vocabulary)} distinct bytes")
     if text.n_unseen > 0:
         print(f"left out: {text.n_unseen} bytes that do not occur in the training part")
     n_bytes = args.batch * args.segments_per_step * args.segment_len
@@ -788,11 +796,7 @@ def run_all(args):
     for name, model in models.items():
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"{name}: {n_parameters} parameters, state of {model.state_floats()} floats")
-    try:
-        report(args, {name: train(args, name, text) for name in names}, text)
-    except KeyboardInterrupt:
-        print(f"\nstopped; to resume: python train_lm.py --resume {shlex.quote(args.out)}")
-        sys.exit(130)
+    report(args, {name: train(args, name, text) for name in names}, text)
 
 
 if __name__ == "__main__":
