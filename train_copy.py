@@ -10,7 +10,8 @@
     python train_copy.py --task rewrite
         Four keys whose values keep changing. armt ends at 1.0, the baseline near 0.10.
     python train_copy.py --resume out/copy-1
-        Continue an interrupted run. It ends with the numbers of one that was never interrupted.
+        Continue an interrupted run. It gives the numbers of an uninterrupted one, on a CPU to the
+        last bit.
 
 Each run writes to a folder of its own, out/TASK-1 (-2, -3, ...): metrics.csv, which grows during
 training, a checkpoint of each model (rmt.pt, transformer.pt), config.json, result.json,
@@ -24,7 +25,7 @@ To use a trained model in your own code:
     saved = torch.load("out/copy-1/rmt.pt", map_location="cpu")
     model = RMT(Config(**saved["config"]))
     model.load_state_dict(saved["model"])
-    words = saved["vocabulary"]  # token 3 is written words[3]
+    words = saved["vocabulary"]  # token 3 is printed as words[3]
 
 This file needs rmt.py beside it and nothing else from this project. It begins with the training
 loop; the sections after it are tasks, samples, evaluation, files, flags, report and main. A task of
@@ -63,7 +64,7 @@ from rmt import RMT, VARIANTS, AssociativeBlock, Config, attention_maps, generat
 
 
 def train(args, variant):
-    """Train one model up to args.steps, from its checkpoint if there is one -> model, run."""
+    """Train one model for args.steps steps, from its checkpoint if it has one -> model, run."""
     model = build(args, variant)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
@@ -82,8 +83,6 @@ def train(args, variant):
     path = Path(args.out, f"{variant}.pt")
     if path.exists():
         load(args, path, run, model, optimizer, data)
-    for row in run.rows:
-        write_row(args.out, row)
 
     steps = range(run.step, args.steps)
     for step in tqdm(steps, variant, initial=run.step, total=args.steps, disable=None):
@@ -105,10 +104,10 @@ def train(args, variant):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if not math.isfinite(loss.item() + grad_norm.item()):
-            fail(f"the loss is {loss.item()} and its gradient {grad_norm.item()} in step "
-                 f"{step + 1}: take an --lr below {args.lr}")
+            fail(f"the loss is {loss.item()} and the norm of its gradient {grad_norm.item()} in "
+                 f"step {step + 1}: take an --lr below {args.lr}")
 
-        # Running means. Once the longest samples go well, still longer ones are unlocked.
+        # Running means. When the longest samples go well, the next length is unlocked.
         right = share_right(logits.argmax(-1), targets)
         run.right[n] += 0.05 * (right - run.right[n])
         run.loss += (0.05 if step > 0 else 1.0) * (loss.item() - run.loss)
@@ -126,7 +125,7 @@ def train(args, variant):
                 row[f"right_{length}"] = share if share > 0 else None  # None: not seen yet
             run.rows.append(row)
             write_row(args.out, row)  # for Weights & Biases: wandb.log(row)
-        if run.step % max(1, args.steps // 8) == 0:
+        if run.step % max(1, args.steps // 8) == 0 or run.step == args.steps:
             tqdm.write(f"{variant:16} step {run.step:5}   {longest} segments   "
                        f"loss {run.loss:.3f}   right {run.right[longest]:.3f}")
         if run.step % 100 == 0 or run.step == args.steps:
@@ -148,7 +147,7 @@ def choose_length(args, lengths, generator):
         # Shorter lengths are practised in 30 % of the steps, or the model would forget them.
         practise = torch.rand((), generator=generator) < 0.3
         lengths = lengths[:-1] if practise else lengths[-1:]
-    return lengths[torch.randint(len(lengths), (), generator=generator)]
+    return lengths[torch.randint(len(lengths), (), generator=generator).item()]
 
 
 # ==================================================================================================
@@ -162,11 +161,11 @@ def choose_length(args, lengths, generator):
 
 MARK, QUESTION, BLANK = range(3)  # written | ? _
 SYMBOL = 3                        # the first of --symbols symbols; keys or noise come after them
-N_NOISE = 16                      # the tokens that noise is made of, written a .. p
+N_NOISE = 16                      # different noise tokens, written a .. p
 
 
 def copy(args, segments, batch, generator):
-    """A source, and then the source twice [RMT] sec. 4.
+    """A source sequence, and then the same sequence twice [RMT] sec. 4.
 
         input    3 1 4 1   | 3 1 4   1 3 1 4
         target   . . . .   3 1 4 1   3 1 4 1
@@ -177,7 +176,7 @@ def copy(args, segments, batch, generator):
 
 
 def reverse(args, segments, batch, generator):
-    """A source, and then the source backwards [RMT] sec. 4.
+    """A source sequence, and then the same sequence backwards [RMT] sec. 4.
 
         input    3 1 4 1   | 1 4 1
         target   . . . .   1 4 1 3
@@ -235,8 +234,7 @@ def remember(args, segments, batch, generator):
 
 
 def rewrite(args, segments, batch, generator):
-    """As remember, but keys recur with new values, and the last value is asked for [ARMT] sec. 4.
-    There is a single question.
+    """As remember, but keys recur with new values, of which the latest counts [ARMT] sec. 4.
 
         input    k7 2   k1 9   k7 5   k7        (2 tokens a segment)
         target    . .    . .    . .    5
@@ -254,7 +252,7 @@ def rewrite(args, segments, batch, generator):
 def draw_distinct(n, n_drawn, batch, generator):
     """Some of the numbers 0 .. n - 1 in random order, none of them twice: (B, n_drawn)."""
     if n_drawn > n:
-        fail(f"a sample needs {n_drawn} different keys and there are {n}: take fewer --segments or "
+        fail(f"a sample needs {n_drawn} different keys but there are {n}: use fewer --segments or "
              "--eval-segments, or more --keys (in retrieval, --symbols)")
     return torch.rand(batch, n, generator=generator).argsort(dim=1)[:, :n_drawn]
 
@@ -321,7 +319,7 @@ WORDS = ["|", "?", "_", *PEOPLE, *PLACES, *chain(*NOISE_WORDS), *"went to where 
 
 
 def facts(args, segments, batch, generator):
-    """People move, in sentences scattered among noise; where is one of them? As in [bAbI].
+    """People move, in sentences scattered among noise. Where is one of them now? As in [bAbI].
 
         input    mary went to the office .   the old river meets trees .   where is mary
         target   .    .    .  .   .      .   .   .   .     .     .     .   .     .  office
@@ -496,7 +494,8 @@ def check_lengths(args):
 def share_right(answers, targets):
     """The share of right symbols. Blanks, which fill up the fields of an equation, do not count."""
     scored = (targets != NO_TARGET) & (targets != BLANK)
-    return (answers == targets)[scored].double().mean().item()
+    right = (answers == targets) & scored
+    return right.sum().item() / scored.sum().item()
 
 
 # ==================================================================================================
@@ -508,8 +507,8 @@ def evaluate(args, model, segments, between=lambda state: state, free=True):
     """Shares of right answers on 128 new samples, and the samples: inputs, targets, answers.
 
     between  a function that may tamper with the state at each boundary
-    free     let the model also run free: it then reads its own answer as it writes it. When the
-             answer is teacher-forced, it reads the right one
+    free     also let the model run free, reading back each symbol that it has answered. When it is
+             teacher-forced, it reads the right symbols
     """
     model.eval()
     T = args.segment_len
@@ -536,15 +535,15 @@ def evaluate(args, model, segments, between=lambda state: state, free=True):
     forced = answer_logits.argmax(-1)
 
     answers = forced
-    # An encoder writes the whole answer at once. Far beyond its lengths a model may overflow.
+    # An encoder answers all at once. Far beyond the lengths of training, logits may overflow.
     if free and model.variant.mask != "full" and answer_logits.isfinite().all():
         prompt = inputs[:, first * T:start + 1]
         answers = generate(model, prompt, end - start, before_answer, temperature=0)
-    right_or_blank = (answers == targets) | (targets == BLANK)
+    whole = ((answers == targets) | (targets == BLANK)).all(dim=1)
     scores = {
         "teacher_forced": share_right(forced, targets),
         "free_running": share_right(answers, targets),
-        "whole_answers": right_or_blank.all(dim=1).double().mean().item(),
+        "whole_answers": whole.sum().item() / n_samples,
     }
     return scores, (inputs, targets, answers)
 
@@ -552,8 +551,8 @@ def evaluate(args, model, segments, between=lambda state: state, free=True):
 # ==================================================================================================
 # Files
 #
-# A checkpoint has all that the next step depends on. However a run ends, it resumes from its last
-# checkpoint, and its numbers are those of a run that was never interrupted.
+# A checkpoint has all that the next step depends on. However the process ends, the run resumes from
+# its last checkpoint, and its numbers are those of a run that was never interrupted.
 
 
 def save(args, path, run, model, optimizer, data):
@@ -566,30 +565,33 @@ def save(args, path, run, model, optimizer, data):
         "optimizer": optimizer.state_dict(),
         "data": data.get_state(),
         "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all(),
+        "random_cuda": torch.cuda.get_rng_state(args.device) if on_gpu(args) else None,
     }
-    torch.save(checkpoint, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        torch.save(checkpoint, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except RuntimeError as reason:  # what torch.save raises when the disk is full
+        fail(f"{path} could not be written, the last checkpoint stays: {reason}")
 
 
 def load(args, path, run, model, optimizer, data):
-    """Restore what save has written."""
+    """Restore a checkpoint that save has written."""
     saved = read_checkpoint(args, path, model)
     optimizer.load_state_dict(saved["optimizer"])
     data.set_state(saved["data"])
     torch.set_rng_state(saved["random"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["random_cuda"])
+    if on_gpu(args) and saved["random_cuda"] is not None:
+        torch.cuda.set_rng_state(saved["random_cuda"], args.device)
     for name in vars(run):
         setattr(run, name, saved[name])
 
 
-# Flags that cannot change when a run is resumed, beside those of Config.
+# Flags that cannot change when a run is resumed, besides those of Config.
 KEPT = ["task", "symbols", "keys", "segments", "curriculum", "weight_decay", "seed"]
 
 
 def read_checkpoint(args, path, model):
-    """What save has written; the model gets its weights. One line where the file does not fit."""
+    """Load a checkpoint and give the model its weights. One line if the file does not fit."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load ignores checksums
@@ -602,10 +604,17 @@ def read_checkpoint(args, path, model):
             now = getattr(args, name)
             if was != now:
                 fail(f"{path} was trained with {flag} {was}, not {now}: leave out that flag")
+        if saved["step"] > args.steps:
+            fail(f"{path} has {saved['step']} steps already, more than --steps {args.steps}")
         model.load_state_dict(saved["model"])
         return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
         fail(f"{path} is not a checkpoint of train_copy.py: {reason!r}")
+
+
+def on_gpu(args):
+    """Whether --device is a CUDA GPU."""
+    return args.device.startswith("cuda")
 
 
 def write_row(folder, row):
@@ -635,17 +644,21 @@ def write_settings(args):
 
 def new_folder(args):
     """Make the folder of a new run: --out, or the first out/TASK-N that does not exist."""
-    folder = args.out
-    if folder is None:
-        n = 1
-        while Path(f"out/{args.task}-{n}").exists():
+    if args.out is not None:
+        folder = Path(args.out)
+        if args.out == "" or (folder.exists() and any(folder.iterdir())):
+            fail(f"--out {args.out!r} is not a new or empty folder: take another name (--resume "
+                 "continues a run)")
+        folder.mkdir(parents=True, exist_ok=True)
+        return args.out
+    n = 1
+    while True:
+        folder = Path(f"out/{args.task}-{n}")
+        try:
+            folder.mkdir(parents=True)
+            return folder.as_posix()
+        except FileExistsError:  # perhaps of a run that began at the same moment
             n += 1
-        folder = f"out/{args.task}-{n}"
-    if Path(folder, "config.json").exists():
-        fail(f"--out {folder} holds another run: continue it with --resume {folder}, or take "
-             "another name")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def fail(message):
@@ -696,7 +709,7 @@ def parse(argv):
     flag("--eval-segments", type=int, nargs="+", default=[], metavar="N",
          help="longer samples to try after training")
     flag("--target", type=float, default=0.0, metavar="X",
-         help="exit with status 1 if a smaller share is right")
+         help="exit with status 1 if less than this is right")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--out", metavar="FOLDER", help="where to write; None: out/TASK-1, -2, ...")
     flag("--resume", metavar="FOLDER", help="continue the run in a folder")
@@ -711,22 +724,30 @@ def parse(argv):
 
     # A first look, without --help, which shows the defaults of the task.
     args, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    parser.set_defaults(**TASKS[args.task].recipe)
+    recipe = TASKS[args.task].recipe
+    unknown = recipe.keys() - vars(args).keys()
+    if unknown:
+        fail(f"the recipe of --task {args.task} names flags that do not exist: "
+             f"{', '.join(sorted(unknown))}")
+    parser.set_defaults(**recipe)
     parser.set_defaults(command=shlex.join([Path(sys.argv[0]).name, *argv]))
     if args.resume is not None:
-        parser.set_defaults(**read_settings(args))
+        settings = read_settings(args)
+        settings["command"] += f" && python {shlex.join([Path(sys.argv[0]).name, *argv])}"
+        parser.set_defaults(**settings)
     args = parser.parse_args(argv)
 
-    at_least = {"keys": 1, "steps": 0, "batch": 1, "lr": 0, "weight_decay": 0, "bptt_depth": 0,
-                "threads": 1}
+    at_least = {"keys": 1, "steps": 1, "seed": 0, "batch": 1, "lr": 0, "weight_decay": 0,
+                "bptt_depth": 0, "threads": 1}
     for name, least in at_least.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:  # nan is not either
-            fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if value is not None and not least <= value < math.inf:  # nan fails too
+            fail(f"--{name.replace('_', '-')} {value} must be a number of at least {least}")
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as reason:
-        fail(f"--device {args.device} cannot be used here, take --device cpu: {reason}")
+        fail(f"--device {args.device} cannot be used here, take --device cpu: "
+             f"{str(reason).splitlines()[0]}")
     return args
 
 
@@ -734,8 +755,8 @@ def read_settings(args):
     """The settings of the run in --resume."""
     try:
         settings = json.loads(Path(args.resume, "config.json").read_text(encoding="utf-8"))
-        unknown = set(settings) - {*vars(args), "command"}
-    except (OSError, ValueError, TypeError) as reason:
+        unknown = settings.keys() - {*vars(args), "command"}
+    except (OSError, ValueError, AttributeError) as reason:
         fail(f"--resume {args.resume} holds no run: {reason}")
     if unknown:
         fail(f"{args.resume} holds a run of another script or edition: train_copy.py has no "
@@ -752,10 +773,10 @@ def read_settings(args):
 
 
 def report(args, trained):
-    """Evaluate, print and draw. Returns the lowest share that --model gets right when trained."""
+    """Evaluate, print and draw. Returns what --model gets right over its worst trained length."""
     lengths = training_lengths(args)
     lengths = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
-    longer = [n for n in args.eval_segments if n not in lengths]
+    longer = sorted(set(args.eval_segments) - set(lengths))
 
     print("\nshare of answer symbols right, on new samples")
     print("model             segments  teacher-forced  free-running  whole answers")
@@ -772,13 +793,13 @@ def report(args, trained):
             if n == args.segments and name == args.model:
                 examples = samples
 
-    # Was it memory? Take the state away, or exchange it, and see what is left.
+    # Is memory really used? Take the state away, or exchange it, and see what is left.
     model, _ = trained[args.model]
     controls = {
         "its initial state at every boundary": lambda state: model.initial_state(len(state.memory)),
         "the state of another sample": lambda state: tree_map(lambda t: t.roll(1, 0), state),
     }
-    print(f"\ncontrols: {args.model} over {args.segments} segments, teacher-forced, with")
+    print(f"\ncontrols: {args.model} over {args.segments} segments, teacher-forced, if it gets")
     for name, between in controls.items():
         scores, _ = evaluate(args, model, args.segments, between, free=False)
         results[name] = scores["teacher_forced"]
@@ -787,7 +808,7 @@ def report(args, trained):
 
     with matplotlib.rc_context({"font.size": 12}):
         draw_training(args, trained).savefig(Path(args.out, "training.png"))
-        if model.variant.block is not AssociativeBlock:  # which reads its memory without attention
+        if model.variant.block is not AssociativeBlock:  # armt reads memory without attention
             draw_attention(args, model, *examples[:2]).savefig(Path(args.out, "attention.png"))
     write_result(args, results)
 
@@ -822,15 +843,16 @@ def print_examples(args, inputs, targets, answers):
 
 
 def write_result(args, results):
-    """Write result.json: what was found, and how."""
-    on_gpu = args.device.startswith("cuda")
-    cpu = f"{args.device} on {platform.machine()}, threads: {args.threads}"
+    """Write result.json: the results, and how they were obtained."""
+    hardware = f"{args.device} on {platform.machine()}, threads: {args.threads}"
+    if on_gpu(args):
+        hardware = torch.cuda.get_device_name(args.device)
     write_json(Path(args.out, "result.json"), {
         "command": f"python {args.command}",
         "seed": args.seed,
         "date": time.strftime("%Y-%m-%d"),
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-        "hardware": torch.cuda.get_device_name(args.device) if on_gpu else cpu,
+        "hardware": hardware,
         "flags": vars(args),
         "results": results,
     })
@@ -865,7 +887,7 @@ def draw_training(args, trained):
 
 
 def draw_attention(args, model, inputs, targets):
-    """Where the rows of two segments look: the first, and the one in which the answer begins."""
+    """Attention weights in two segments: the first, and the one in which the answer begins."""
     T, n_layer = args.segment_len, model.config.n_layer
     answer = (inputs.size(1) - targets.size(1)) // T
     figure = Figure(figsize=(5 * n_layer, 10), layout="constrained")
@@ -880,7 +902,7 @@ def draw_attention(args, model, inputs, targets):
                 axis.set_title(f"segment {s + 1}, layer {layer + 1}")
         with torch.no_grad():
             _, state = model(segment, state)
-    figure.suptitle("Who looks at whom: the largest weight of all heads, 0 white, 1 black")
+    figure.suptitle("Attention: the largest weight of all heads, from 0 (white) to 1 (black)")
     return figure
 
 
@@ -927,7 +949,7 @@ def main(argv):
 
 
 def run_all(args):
-    """Check all there is to check before anything is written; train; report."""
+    """Check all settings before anything is written; train; report."""
     check_lengths(args)
     names = [args.model]
     if args.baseline not in ("none", args.model):
@@ -937,15 +959,18 @@ def run_all(args):
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
 
+    rows = []  # of metrics.csv, as far as the checkpoints are
     if args.resume is not None:
         for name, model in models.items():
             path = Path(args.resume, f"{name}.pt")
             if path.exists():
-                read_checkpoint(args, path, model)
+                rows += read_checkpoint(args, path, model)["rows"]
 
     args.out = args.resume or new_folder(args)
     write_settings(args)
-    Path(args.out, "metrics.csv").unlink(missing_ok=True)  # train writes all its rows again
+    Path(args.out, "metrics.csv").unlink(missing_ok=True)
+    for row in rows:
+        write_row(args.out, row)
     print(f"{args.task} over {args.segments} segments of {args.segment_len} tokens: device "
           f"{args.device}, seed {args.seed}, files in {args.out}")
     for name, model in models.items():
@@ -956,6 +981,6 @@ def run_all(args):
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        # A line is shown as soon as it is printed, whatever letters the console knows.
+        # Lines are shown as they are printed. What the console cannot show is escaped.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     main(sys.argv[1:])

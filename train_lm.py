@@ -8,14 +8,15 @@
     python train_lm.py --sample out/lm-1 --prompt "def "
         The trained model writes text.
     python train_lm.py --resume out/lm-1
-        Continue an interrupted run. It ends with the numbers of one that was never interrupted.
+        Continue an interrupted run. It gives the numbers of an uninterrupted one, on a CPU to the
+        last bit.
 
 Each run writes to a folder of its own, out/lm-1 (-2, -3, ...): metrics.csv, which grows during
 training, a checkpoint of each model (rmt.pt, transformer.pt), config.json, result.json, loss.png,
 position.png and sample.txt.
 
-The model reads and writes bytes. In English text and in code nearly every character is one byte.
-Elsewhere it may be two or three; then bits per character are reported too.
+The model reads and writes bytes. In English text and in code nearly every character is one byte; in
+other scripts it takes two to four. So bits per character are reported beside bits per byte.
 
 To use a trained model in your own code:
 
@@ -61,14 +62,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from rmt import RMT, VARIANTS, Config, State, stream, tree_map, unroll
+from rmt import RMT, VARIANTS, Config, State, stream, tree_map, unroll, validate_sampling
 
 # ==================================================================================================
 # Training
 
 
 def train(args, variant, text):
-    """Train one model up to args.steps, from its checkpoint if there is one -> model, run."""
+    """Train one model for args.steps steps, from its checkpoint if it has one -> model, run."""
     model = build(args, variant, len(text.vocabulary))
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), fused=True)
     run_segments = torch.compile(unroll) if args.compile else unroll
@@ -83,8 +84,6 @@ def train(args, variant, text):
     path = Path(args.out, f"{variant}.pt")
     if path.exists():
         load(args, path, run, model, optimizer, text)
-    for row in run.rows:
-        write_row(args.out, row)
 
     rows = streams(text.train, args.batch).to(args.device)
     width = args.segments_per_step * args.segment_len
@@ -112,15 +111,15 @@ def train(args, variant, text):
         # The update.
         optimizer.zero_grad()
         with torch.autocast(device_type, torch.bfloat16, enabled=args.bf16):
-            logits, state = run_segments(model, inputs, run.state, args.bptt_depth)
+            logits, state = run_segments(model, inputs, run.state, bptt_depth=args.bptt_depth)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         run.state = state.detach()
         if not math.isfinite(loss.item() + grad_norm.item()):
-            fail(f"the loss is {loss.item()} and its gradient {grad_norm.item()} in step "
-                 f"{step + 1}: take an --lr below {args.lr}")
+            fail(f"the loss is {loss.item()} and the norm of its gradient {grad_norm.item()} in "
+                 f"step {step + 1}: take an --lr below {args.lr}")
 
         # Running mean, and now and then the validation part.
         bits = loss.item() / math.log(2)
@@ -247,8 +246,8 @@ def references(text):
 class Text:
     """The bytes of a text in three parts: train, valid and test, 90, 5 and 5 % of it.
 
-    A part is a tensor (length,) of tokens, which are places in vocabulary, the bytes of the first
-    part. Other bytes are left out.
+    A part is a tensor (length,) of tokens: indices into vocabulary, the distinct bytes of the
+    training part. Other bytes are left out.
     """
 
     def __init__(self, raw):
@@ -275,13 +274,13 @@ class Text:
 
 
 def bytes_per_character(raw):
-    """Of the test part of a text, if it is in UTF-8; else None."""
+    """How many bytes a character of the test part has on average; None if it is not UTF-8."""
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError:
         return None
     test = np.frombuffer(raw[len(raw) * 95 // 100:], np.uint8)
-    begins = test & 0b11000000 != 0b10000000  # all bytes of a character but the first are 10......
+    begins = test & 0b11000000 != 0b10000000  # continuation bytes are 10xxxxxx
     return len(test) / max(1, begins.sum().item())
 
 
@@ -300,9 +299,9 @@ DOWNLOADS = {  # name: address, sha256
 
 
 def read(names):
-    """The bytes of --data. Each content is read once: the end of a text is its test part, and a
-    copy of it elsewhere would be trained on."""
-    contents = {}  # and where they are from
+    """The bytes of --data. Each content is read once, or a copy of the test part, which is the end
+    of the text, could be in the training part."""
+    contents = {}  # content: the file that it was first found in
     for name in names:
         if name == "python":
             contents[standard_library()] = None
@@ -337,8 +336,10 @@ def files_of(name):
              f"{', '.join(['python', *DOWNLOADS])}: give the place of your text with --data")
     files = []
     for path in sorted(root.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if path.is_file() and not hidden:
+        parts = path.relative_to(root).parts
+        hidden = any(part.startswith(".") for part in parts)
+        of_a_run = parts[0] == "out"  # where this script writes if it is started in this folder
+        if path.is_file() and not hidden and not of_a_run:
             files.append(path)
     return files
 
@@ -353,10 +354,10 @@ def read_file(path):
         except Exception as reason:  # whatever is wrong with a file, the user gets one line
             fail(f"--data {path} cannot be unpacked: {reason!r}")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        fail(f"--data {path} is encoded in UTF-16: save it in UTF-8 (in Notepad with Save As, in "
-             "PowerShell with: Get-Content OLD | Set-Content -Encoding utf8 NEW)")
+        fail(f"--data {path} is encoded in UTF-16 or UTF-32: save it in UTF-8 (in Notepad with "
+             "Save As, in PowerShell with: Get-Content OLD | Set-Content -Encoding utf8 NEW)")
     if b"\0" in content:
-        fail(f"--data {path} has zero bytes: it is not text, or else text in UTF-16 or UTF-32, "
+        fail(f"--data {path} has zero bytes: it is not text, or it is text in UTF-16 or UTF-32, "
              "which must be saved in UTF-8")
     return content
 
@@ -371,13 +372,16 @@ def download(name):
             fail(f"{path} has sha256 {found} and should have {sha256}: delete it, and it will be "
                  "downloaded again")
         return path
+    timeout_before = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)
         torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
     except Exception as reason:  # a download can fail in many ways
-        fail(f"{name} cannot be downloaded from {url}: {reason}. Fetch it by other means (sha256 "
+        fail(f"{name} cannot be downloaded from {url}: {reason}. Download it yourself (sha256 "
              f"{sha256}) and give it as --data FILE")
+    finally:
+        socket.setdefaulttimeout(timeout_before)
     return path
 
 
@@ -388,7 +392,7 @@ def check_sizes(args, text):
     for name, least in needed.items():
         length = len(getattr(text, name))
         if length < least:
-            fail(f"--data {' '.join(args.data)}: its {name} part has {length} bytes and must have "
+            fail(f"--data {' '.join(args.data)}: its {name} part has {length} bytes and needs "
                  f"{least}: give more text, or a smaller --segment-len (for train, --batch)")
 
 
@@ -418,28 +422,28 @@ def encode_prompt(vocabulary, prompt):
 def write_sample(args):
     """What --sample does: print text while a trained model writes it."""
     path = Path(args.sample, f"{args.model}.pt")
+    if not path.exists():
+        fail(f"--sample {args.sample} has no checkpoint of --model {args.model}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = RMT(Config(**saved["config"])).to(args.device)
         model.load_state_dict(saved["model"])
         vocabulary = bytes(saved["vocabulary"])
-    except Exception as reason:  # whatever is wrong with a file, the user gets one line
-        fail(f"--sample {args.sample}: {path} is not a trained model: {reason!r}")
+        validate_sampling(model, args.temperature, args.top_k)
+    except Exception as reason:  # whatever is wrong, the user gets one line
+        fail(f"--sample {args.sample}, --model {args.model}: {reason!r}")
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")  # whole characters
     prompt = os.fsencode(args.prompt) or vocabulary[:1]
-    try:
-        for piece in write_on(args, model, vocabulary, prompt):
-            print(decoder.decode(piece), end="", flush=True)
-    except ValueError as reason:  # a --temperature or --top-k out of range
-        fail(reason)
+    for piece in write_on(args, model, vocabulary, prompt):
+        print(decoder.decode(piece), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
 
 # ==================================================================================================
 # Files
 #
-# A checkpoint has all that the next step depends on. However a run ends, it resumes from its last
-# checkpoint, and its numbers are those of a run that was never interrupted.
+# A checkpoint has all that the next step depends on. However the process ends, the run resumes from
+# its last checkpoint, and its numbers are those of a run that was never interrupted.
 
 
 def save(args, path, run, model, optimizer, text):
@@ -453,19 +457,22 @@ def save(args, path, run, model, optimizer, text):
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all(),
+        "random_cuda": torch.cuda.get_rng_state(args.device) if on_gpu(args) else None,
     }
-    torch.save(checkpoint, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        torch.save(checkpoint, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except RuntimeError as reason:  # what torch.save raises when the disk is full
+        fail(f"{path} could not be written, the last checkpoint stays: {reason}")
 
 
 def load(args, path, run, model, optimizer, text):
-    """Restore what save has written."""
+    """Restore a checkpoint that save has written."""
     saved = read_checkpoint(args, path, model, text)
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["random_cuda"])
+    if on_gpu(args) and saved["random_cuda"] is not None:
+        torch.cuda.set_rng_state(saved["random_cuda"], args.device)
     for name in vars(run):
         setattr(run, name, saved[name])
     if run.state is not None:
@@ -473,11 +480,12 @@ def load(args, path, run, model, optimizer, text):
         run.state = tree_map(lambda t: t.to(device), State(*run.state))
 
 
-KEPT = ["seed", "batch"]  # flags that cannot change when a run is resumed, beside those of Config
+# Flags that cannot change when a run is resumed, besides those of Config.
+KEPT = ["seed", "batch", "segments_per_step"]
 
 
 def read_checkpoint(args, path, model, text):
-    """What save has written; the model gets its weights. One line where the file does not fit."""
+    """Load a checkpoint and give the model its weights. One line if the file does not fit."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load ignores checksums
@@ -492,10 +500,17 @@ def read_checkpoint(args, path, model, text):
             now = getattr(args, name)
             if was != now:
                 fail(f"{path} was trained with {flag} {was}, not {now}: leave out that flag")
+        if saved["step"] > args.steps:
+            fail(f"{path} has {saved['step']} steps already, more than --steps {args.steps}")
         model.load_state_dict(saved["model"])
         return saved
     except Exception as reason:  # whatever is wrong with a file, the user gets one line
         fail(f"{path} is not a checkpoint of train_lm.py: {reason!r}")
+
+
+def on_gpu(args):
+    """Whether --device is a CUDA GPU."""
+    return args.device.startswith("cuda")
 
 
 def write_row(folder, row):
@@ -525,17 +540,21 @@ def write_settings(args):
 
 def new_folder(args):
     """Make the folder of a new run: --out, or the first out/lm-N that does not exist."""
-    folder = args.out
-    if folder is None:
-        n = 1
-        while Path(f"out/lm-{n}").exists():
+    if args.out is not None:
+        folder = Path(args.out)
+        if args.out == "" or (folder.exists() and any(folder.iterdir())):
+            fail(f"--out {args.out!r} is not a new or empty folder: take another name (--resume "
+                 "continues a run)")
+        folder.mkdir(parents=True, exist_ok=True)
+        return args.out
+    n = 1
+    while True:
+        folder = Path(f"out/lm-{n}")
+        try:
+            folder.mkdir(parents=True)
+            return folder.as_posix()
+        except FileExistsError:  # perhaps of a run that began at the same moment
             n += 1
-        folder = f"out/lm-{n}"
-    if Path(folder, "config.json").exists():
-        fail(f"--out {folder} holds another run: continue it with --resume {folder}, or take "
-             "another name")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def fail(message):
@@ -548,7 +567,7 @@ def fail(message):
 # Flags
 
 
-RECIPE = {"memory_form": "raw", "write_slot": "embedding"}  # better in language than the paper's
+RECIPE = {"memory_form": "raw", "write_slot": "embedding"}  # better for language than the paper's
 
 
 def parse(argv):
@@ -571,7 +590,7 @@ def parse(argv):
          help="segments that a step reads of each stream")
     flag("--bptt-depth", type=int, metavar="N", help="boundaries that gradient crosses; None: all")
     flag("--reset-every", type=int, default=64, metavar="N",
-         help="steps until the states are reset; 0: never")
+         help="reset the states every N steps; 0: only where the text starts over")
     flag("--lr", type=float, default=0.012, metavar="X", help="learning rate at its peak")
     flag("--seed", type=int, default=0, metavar="N", help="random seed")
     flag("--bf16", action="store_true", help="compute in bfloat16")
@@ -603,20 +622,25 @@ def parse(argv):
 
     args = parser.parse_args(argv)
     parser.set_defaults(command=shlex.join([Path(sys.argv[0]).name, *argv]))
-    if args.resume is not None or args.sample is not None:
-        parser.set_defaults(**read_settings(args.resume or args.sample, args))
+    folder = args.sample if args.resume is None else args.resume
+    if folder is not None:
+        settings = read_settings(folder, args)
+        settings["command"] += f" && python {shlex.join([Path(sys.argv[0]).name, *argv])}"
+        parser.set_defaults(**settings)
     args = parser.parse_args(argv)
 
-    at_least = {"steps": 1, "batch": 1, "segments_per_step": 1, "bptt_depth": 0, "reset_every": 0,
-                "lr": 0, "threads": 1, "eval_every": 1, "length": 1, "temperature": 0, "top_k": 1}
+    at_least = {"steps": 1, "seed": 0, "batch": 1, "segments_per_step": 1, "bptt_depth": 0,
+                "reset_every": 0, "lr": 0, "threads": 1, "eval_every": 1, "length": 1,
+                "temperature": 0, "top_k": 1}
     for name, least in at_least.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:  # nan is not either
-            fail(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if value is not None and not least <= value < math.inf:  # nan fails too
+            fail(f"--{name.replace('_', '-')} {value} must be a number of at least {least}")
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as reason:
-        fail(f"--device {args.device} cannot be used here, take --device cpu: {reason}")
+        fail(f"--device {args.device} cannot be used here, take --device cpu: "
+             f"{str(reason).splitlines()[0]}")
     # Files get absolute names, so that the run can be resumed from any folder.
     no_files = ["", "python", *DOWNLOADS]
     for i, name in enumerate(args.data):
@@ -629,8 +653,8 @@ def read_settings(folder, args):
     """The settings of the run in a folder."""
     try:
         settings = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        unknown = set(settings) - {*vars(args), "command"}
-    except (OSError, ValueError, TypeError) as reason:
+        unknown = settings.keys() - {*vars(args), "command"}
+    except (OSError, ValueError, AttributeError) as reason:
         fail(f"{folder} holds no run: {reason}")
     if unknown:
         fail(f"{folder} holds a run of another script or edition: train_lm.py has no setting "
@@ -644,7 +668,8 @@ def read_settings(folder, args):
 
 def report(args, trained, text):
     """Evaluate on the test part, print, draw, and write a sample."""
-    print(f"\nbits of the test part, {len(text.test)} bytes          per byte   per character")
+    head = f"bits of the test part, {len(text.test)} bytes"
+    print(f"\n{head:42}{'per byte':>8}{'per character':>16}")
 
     ratio = text.bytes_per_character
 
@@ -660,7 +685,7 @@ def report(args, trained, text):
         results[name] = {"cpu_seconds": round(run.seconds, 1), "state_floats": model.state_floats()}
         for state, between in boundaries(model).items():
             if state == "of another stream" and n_streams(text.test, args.segment_len) == 1:
-                break  # there is no other
+                break  # there is only one
             results[name][state] = evaluate(args, model, text.test, between)
             print_row(name, f"state {state}", results[name][state]["bits_per_byte"])
             if model.state_floats() == 0:
@@ -673,30 +698,28 @@ def report(args, trained, text):
         draw_position(results, trained).savefig(out / "position.png")
     model, _ = trained[args.model]
     prompt = os.fsencode(args.prompt) or text.decode(text.test[:2 * args.segment_len])
-    try:
-        sample = b"".join(write_on(args, model, text.vocabulary, prompt))
-        (out / "sample.txt").write_bytes(sample)
-    except ValueError as reason:  # a --temperature or --top-k out of range
-        fail(reason)
+    sample = b"".join(write_on(args, model, text.vocabulary, prompt))
+    (out / "sample.txt").write_bytes(sample)
 
     print()
     for name, (_, run) in trained.items():
         print(f"{name}: {results[name]['carried']['bits_per_byte']:.3f} bits per byte, after "
               f"{run.seconds:.0f} CPU seconds of training")
     print(f"pictures, numbers and a sample are in {args.out}")
-    print(f"to let it write more: python train_lm.py --sample {shlex.quote(args.out)}")
+    print(f"to write more: python {sys.argv[0]} --sample {shlex.quote(args.out)}")
 
 
 def write_result(args, results):
-    """Write result.json: what was found, and how."""
-    on_gpu = args.device.startswith("cuda")
-    cpu = f"{args.device} on {platform.machine()}, threads: {args.threads}"
+    """Write result.json: the results, and how they were obtained."""
+    hardware = f"{args.device} on {platform.machine()}, threads: {args.threads}"
+    if on_gpu(args):
+        hardware = torch.cuda.get_device_name(args.device)
     write_json(Path(args.out, "result.json"), {
         "command": f"python {args.command}",
         "seed": args.seed,
         "date": time.strftime("%Y-%m-%d"),
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
-        "hardware": torch.cuda.get_device_name(args.device) if on_gpu else cpu,
+        "hardware": hardware,
         "flags": vars(args),
         "results": results,
     })
@@ -737,7 +760,7 @@ def draw_position(results, names):
                 positions = range(1, len(bits) + 1)
                 axis.plot(positions, bits, line, marker=marker, ms=4, color=color, label=label)
     axis.set(xlabel="position in the segment, bytes", ylabel="bits per byte",
-             title="the gap between carried and reset is what memory is worth")
+             title="the gap between reset and carried is what memory is worth")
     axis.legend()
     return figure
 
@@ -767,7 +790,7 @@ def main(argv):
 
 
 def run_all(args):
-    """Check all there is to check before anything is written; train; report."""
+    """Check all settings before anything is written; train; report."""
     text = Text(read(args.data))
     check_sizes(args, text)
     encode_prompt(text.vocabulary, os.fsencode(args.prompt))
@@ -776,21 +799,25 @@ def run_all(args):
         names.append(args.baseline)
     try:
         models = {name: build(args, name, len(text.vocabulary)) for name in names}
+        validate_sampling(models[args.model], args.temperature, args.top_k)
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
+    rows = []  # of metrics.csv, as far as the checkpoints are
     if args.resume is not None:
         for name, model in models.items():
             path = Path(args.resume, f"{name}.pt")
             if path.exists():
-                read_checkpoint(args, path, model, text)
+                rows += read_checkpoint(args, path, model, text)["rows"]
 
     args.out = args.resume or new_folder(args)
     write_settings(args)
-    Path(args.out, "metrics.csv").unlink(missing_ok=True)  # train writes all its rows again
+    Path(args.out, "metrics.csv").unlink(missing_ok=True)
+    for row in rows:
+        write_row(args.out, row)
     print(f"{' '.join(args.data)}: {len(text.train)} bytes to train on, {len(text.valid)} to "
           f"validate, {len(text.test)} to test; {len(text.vocabulary)} distinct bytes")
     if text.n_unseen > 0:
-        print(f"left out: {text.n_unseen} bytes that do not occur in the training part")
+        print(f"ignored: {text.n_unseen} bytes of values that the training part does not have")
     n_bytes = args.batch * args.segments_per_step * args.segment_len
     print(f"device {args.device}, seed {args.seed}, {n_bytes} bytes a step, files in {args.out}")
     for name, model in models.items():
@@ -801,6 +828,6 @@ def run_all(args):
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        # A line is shown as soon as it is printed, whatever letters the console knows.
+        # Lines are shown as they are printed. What the console cannot show is escaped.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     main(sys.argv[1:])
