@@ -2749,9 +2749,10 @@ class TestScripts:
         run_here(script, flags + " --out a")
         before = contents()
         assert_one_line(run_here(script, flags + " --out a", 2), "is not a new or empty folder")
+        changes = {"task": "detect", "curriculum": "grow", "segments": 3, "d_model": 32}
         for flag in ["d_model", *script.KEPT]:
             was = checkpoint("a")["flags"][flag]
-            now = {"task": "detect", "curriculum": "grow", "segments": 3, "d_model": 32}.get(flag, 7)
+            now = changes.get(flag, 7)
             name = f"--{flag.replace('_', '-')}"
             changed = run_here(script, f"--resume a {name} {now} --n-mem 2", 2)
             assert_one_line(changed, f"a/rmt.pt was trained with {name} {was}, not {now}")
