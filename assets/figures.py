@@ -777,7 +777,7 @@ def plot_positions(axis, name, seeds):
     """Bits of a model, {position: bits} for each seed; some of the 32 positions are marked."""
     places = [0, 1, 2, 3, 5, 7, 11, 15, 23, 31]
     plot_seeds(axis, look(name), seeds, name.replace("`", ""), places)
-    axis.set_xlabel("position in the segment, characters")
+    axis.set_xlabel("position in the segment, bytes")
     count_axis(axis, [1, 2, 4, 8, 16, 32])
 
 
