@@ -2760,7 +2760,7 @@ class TestScripts:
         assert_one_line(fewer, "a/rmt.pt has 2 steps already, more than --steps 1")
         other_script = {train_copy: train_lm, train_lm: train_copy}[script]
         foreign = run_here(other_script, "--resume a", 2)
-        assert_one_line(foreign, "a holds a run of another script or edition: train_")
+        assert_one_line(foreign, "a holds a run of another script or edition than this train_")
         assert contents() == before
 
     @both_scripts
@@ -2785,7 +2785,9 @@ class TestScripts:
         settings = json.loads(Path("a/config.json").read_text())
         settings["config"] = {"dropout": 0.1}  # as the second edition wrote it
         Path("a/config.json").write_text(json.dumps(settings))
-        assert_one_line(run_here(script, "--resume a", 2), "has no setting config")
+        assert_one_line(run_here(script, "--resume a", 2), "they differ in config")
+        Path("a/config.json").write_text("{}")
+        assert_one_line(run_here(script, "--resume a", 2), "they differ in baseline, batch, ")
 
     def test_a_language_model_continues_with_its_own_text_wherever_that_is(
             self, run_here, monkeypatch):

@@ -730,11 +730,12 @@ def parse(argv):
         fail(f"the recipe of --task {args.task} names flags that do not exist: "
              f"{', '.join(sorted(unknown))}")
     parser.set_defaults(**recipe)
-    parser.set_defaults(command=shlex.join([Path(sys.argv[0]).name, *argv]))
+    command = shlex.join(["python", Path(sys.argv[0]).name, *argv])
     if args.resume is not None:
         settings = read_settings(args)
-        settings["command"] += f" && python {shlex.join([Path(sys.argv[0]).name, *argv])}"
         parser.set_defaults(**settings)
+        command = f"{settings['command']} && {command}"
+    parser.set_defaults(command=command)
     args = parser.parse_args(argv)
 
     at_least = {"keys": 1, "steps": 1, "seed": 0, "batch": 1, "lr": 0, "weight_decay": 0,
@@ -755,13 +756,13 @@ def read_settings(args):
     """The settings of the run in --resume."""
     try:
         settings = json.loads(Path(args.resume, "config.json").read_text(encoding="utf-8"))
-        unknown = settings.keys() - {*vars(args), "command"}
+        differing = settings.keys() ^ ({*vars(args), "command"} - {"out", "resume"})
     except (OSError, ValueError, AttributeError) as reason:
         fail(f"--resume {args.resume} holds no run: {reason}")
-    if unknown:
-        fail(f"{args.resume} holds a run of another script or edition: train_copy.py has no "
-             f"setting {', '.join(sorted(unknown))}")
-    task = settings.get("task")
+    if differing:
+        fail(f"{args.resume} holds a run of another script or edition than this train_copy.py: "
+             f"they differ in {', '.join(sorted(differing))}")
+    task = settings["task"]
     if task not in TASKS:
         fail(f"{args.resume} holds a run of the task {task}, which is not in TASKS: resume it with "
              "the script that adds it")
@@ -848,7 +849,7 @@ def write_result(args, results):
     if on_gpu(args):
         hardware = torch.cuda.get_device_name(args.device)
     write_json(Path(args.out, "result.json"), {
-        "command": f"python {args.command}",
+        "command": args.command,
         "seed": args.seed,
         "date": time.strftime("%Y-%m-%d"),
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",

@@ -621,12 +621,13 @@ def parse(argv):
     parser.set_defaults(**RECIPE)
 
     args = parser.parse_args(argv)
-    parser.set_defaults(command=shlex.join([Path(sys.argv[0]).name, *argv]))
+    command = shlex.join(["python", Path(sys.argv[0]).name, *argv])
     folder = args.sample if args.resume is None else args.resume
     if folder is not None:
         settings = read_settings(folder, args)
-        settings["command"] += f" && python {shlex.join([Path(sys.argv[0]).name, *argv])}"
         parser.set_defaults(**settings)
+        command = f"{settings['command']} && {command}"
+    parser.set_defaults(command=command)
     args = parser.parse_args(argv)
 
     at_least = {"steps": 1, "seed": 0, "batch": 1, "segments_per_step": 1, "bptt_depth": 0,
@@ -653,12 +654,12 @@ def read_settings(folder, args):
     """The settings of the run in a folder."""
     try:
         settings = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        unknown = settings.keys() - {*vars(args), "command"}
+        differing = settings.keys() ^ ({*vars(args), "command"} - {"out", "resume", "sample"})
     except (OSError, ValueError, AttributeError) as reason:
         fail(f"{folder} holds no run: {reason}")
-    if unknown:
-        fail(f"{folder} holds a run of another script or edition: train_lm.py has no setting "
-             f"{', '.join(sorted(unknown))}")
+    if differing:
+        fail(f"{folder} holds a run of another script or edition than this train_lm.py: they "
+             f"differ in {', '.join(sorted(differing))}")
     return settings
 
 
@@ -715,7 +716,7 @@ def write_result(args, results):
     if on_gpu(args):
         hardware = torch.cuda.get_device_name(args.device)
     write_json(Path(args.out, "result.json"), {
-        "command": f"python {args.command}",
+        "command": args.command,
         "seed": args.seed,
         "date": time.strftime("%Y-%m-%d"),
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
