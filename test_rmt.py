@@ -2502,7 +2502,7 @@ def at_call(script, n, act):
 
 
 def interrupt():
-    """What Ctrl-C does. (The signal itself is ignored by processes that a shell has put aside.)"""
+    """What Ctrl-C does. (A process that a shell runs in the background ignores the signal.)"""
     raise KeyboardInterrupt
 
 
