@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from rmt import RMT, VARIANTS, AssociativeBlock, Config, attention_maps, generate, tree_map, unroll
+from rmt import RMT, VARIANTS, AssociativeBlock, Config, attention_maps, generate, unroll
 
 # ==================================================================================================
 # Training
@@ -798,7 +798,7 @@ def report(args, trained):
     model, _ = trained[args.model]
     controls = {
         "its initial state at every boundary": lambda state: model.initial_state(len(state.memory)),
-        "the state of another sample": lambda state: tree_map(lambda t: t.roll(1, 0), state),
+        "the state of another sample": lambda state: state.map(lambda t: t.roll(1, 0)),
     }
     print(f"\ncontrols: {args.model} over {args.segments} segments, teacher-forced, if it gets")
     for name, between in controls.items():
@@ -910,7 +910,7 @@ def draw_attention(args, model, inputs, targets):
 def draw_map(axis, weights, widths):
     """One attention matrix, with the names of its blocks and lines between them."""
     axis.imshow(weights.cpu().numpy(), cmap="Greys", vmin=0, vmax=1)
-    names = "read", "cache", "tokens", "write"
+    names = "cache", "read", "tokens", "write"
     columns = {name: n for name, n in zip(names, widths, strict=True) if n > 0}
     rows = {name: n for name, n in columns.items() if name != "cache"}
     for blocks, draw_line, set_ticks in [

@@ -62,7 +62,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from rmt import RMT, VARIANTS, Config, State, stream, tree_map, unroll, validate_sampling
+from rmt import RMT, VARIANTS, Config, State, check_sampling, stream, unroll
 
 # ==================================================================================================
 # Training
@@ -215,7 +215,7 @@ def boundaries(model):
     return {
         "carried": lambda state: state,
         "reset": lambda state: model.initial_state(len(state.memory)),
-        "of another stream": lambda state: tree_map(lambda t: t.roll(1, 0), state),
+        "of another stream": lambda state: state.map(lambda t: t.roll(1, 0)),
     }
 
 
@@ -429,7 +429,7 @@ def write_sample(args):
         model = RMT(Config(**saved["config"])).to(args.device)
         model.load_state_dict(saved["model"])
         vocabulary = bytes(saved["vocabulary"])
-        validate_sampling(model, args.temperature, args.top_k)
+        check_sampling(model, args.temperature, args.top_k)
     except Exception as reason:  # whatever is wrong, the user gets one line
         fail(f"--sample {args.sample}, --model {args.model}: {reason!r}")
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")  # whole characters
@@ -477,7 +477,7 @@ def load(args, path, run, model, optimizer, text):
         setattr(run, name, saved[name])
     if run.state is not None:
         device = next(model.parameters()).device
-        run.state = tree_map(lambda t: t.to(device), State(*run.state))
+        run.state = State(*run.state).map(lambda t: t.to(device))
 
 
 # Flags that cannot change when a run is resumed, besides those of Config.
@@ -800,7 +800,7 @@ def run_all(args):
         names.append(args.baseline)
     try:
         models = {name: build(args, name, len(text.vocabulary)) for name in names}
-        validate_sampling(models[args.model], args.temperature, args.top_k)
+        check_sampling(models[args.model], args.temperature, args.top_k)
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
     rows = []  # of metrics.csv, as far as the checkpoints are

@@ -9,7 +9,6 @@
     ceiling      share of the rate of the bare matrix products
     grid         tokens per second and peak memory: size, batch, torch.compile, bfloat16
     diagonal     time of unroll over unroll_diagonal
-    generation   milliseconds per new token, beside computing its segment again
     memory       peak megabytes of streaming, and of checkpointing with its price in time
 
 Contestants take turns, so that a busy machine slows them alike. A time is the median over turns, a
@@ -32,14 +31,13 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from copy import deepcopy
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from inspect import getdoc
-from itertools import islice, product
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rmt import RMT, Config, stream, tree_map, unroll, unroll_diagonal  # noqa: E402
+from rmt import RMT, Config, unroll, unroll_diagonal  # noqa: E402
 
 
 class Size(NamedTuple):
@@ -358,7 +356,7 @@ def compile_step(model, how):
 
         def forward(tokens, state):
             logits, state = step(tokens, state)
-            return logits.clone(), tree_map(torch.clone, state)  # the next call overwrites them
+            return logits.clone(), state.map(torch.clone)  # the next call overwrites them
         model.forward = forward
 
 
@@ -470,62 +468,6 @@ def loop_beside_diagonals(args, model, tokens, work, **options):
     }
 
 
-# ----------------------------------------------------------------------------- generation
-
-
-class Opaque(nn.Module):
-    """A backbone that keeps no keys and values: it computes the segment again for every token."""
-
-    def __init__(self, backbone):
-        super().__init__()
-        self.backbone = backbone
-        self.initial_carry = backbone.initial_carry
-
-    def forward(self, x, layout, carry):
-        return self.backbone(x, layout._replace(kv_cache=None), carry)
-
-
-def new_tokens(args, model, prompt, n):
-    """Seconds for n tokens after the first one, and these tokens (B, n)."""
-    new = stream(model, prompt, temperature=0)
-    next(new)  # reads the prompt
-    start = now(args.device)
-    tokens = list(islice(new, n))
-    return now(args.device) - start, torch.cat(tokens, dim=1)
-
-
-def generation(args):
-    """Milliseconds per new token in the middle of the second segment, whose memory is not empty.
-
-    Either way a full segment is computed once more, to hand its state on: "hand on" is its share.
-    """
-    lengths = [32] if args.quick else [32, 256, 1024]
-    n, turns = 8, 3 * args.turns
-    for variant, size, T in product(["rmt", "rmt_xl"], ["tiny", "S"], lengths):
-        model, tokens = build(args, size, 1, 2, variant=variant, segment_len=T, cache_len=64)
-        again = deepcopy(model.eval())
-        again.backbone = Opaque(again.backbone)
-        prompt = tokens[:, :T + T // 2 - n // 2]
-        times = {"row": [], "again": []}
-        for _ in range(turns):
-            taken, row_tokens = new_tokens(args, model, prompt, n)
-            times["row"].append(taken / n)
-            taken, again_tokens = new_tokens(args, again, prompt, n)
-            times["again"].append(taken / n)
-            assert torch.equal(row_tokens, again_tokens)
-        segment = inference(model, partial(unroll, model), tokens[:, :T])
-        handed, _ = race(args, {"segment": segment})
-        yield {
-            "variant": variant,
-            "size": size,
-            "segment": T,
-            "a new row, ms": milliseconds(times["row"]),
-            "again, ms": milliseconds(times["again"]),
-            "again / row": ratio(times["again"], times["row"]),
-            "hand on, ms": rounded(milliseconds(handed["segment"]) / T),
-        }
-
-
 # --------------------------------------------------------------------------------- memory
 
 
@@ -589,7 +531,6 @@ SECTIONS = {
     "ceiling": ceiling,
     "grid": grid,
     "diagonal": diagonal,
-    "generation": generation,
     "memory": memory,
 }
 

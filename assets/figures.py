@@ -891,8 +891,8 @@ def draw_method(records):
 
 
 BLOCKS = {  # of the columns and rows of a mask: letter, colour, colour where nobody may look
-    "read memory": ("R", BLUE, "#E3F0F8"),
     "cache": ("C", VERMILION, "#FBE9DD"),
+    "read memory": ("R", BLUE, "#E3F0F8"),
     "tokens": ("T", GREY, "#ECECEC"),
     "write memory": ("W", GREEN, "#E0F3EE"),
 }
@@ -915,9 +915,9 @@ def draw_masks(records=None):
     for i, (name, window) in enumerate(shown.items()):
         model = RMT(Config(name.split(",")[0], segment_len=n_tokens, n_mem=2, cache_len=3,
                            window=window))
-        mask = model.mask(n_tokens, model.n_cache).tolist()
-        columns = [model.n_read, model.n_cache, n_tokens, model.n_write]
-        rows = [model.n_read, 0, n_tokens, model.n_write]
+        mask = (model.mask(n_tokens, model.n_cache) == 0).tolist()
+        columns = [model.n_cache, model.n_read, n_tokens, model.n_write]
+        rows = [0, model.n_read, n_tokens, model.n_write]
         left = i % n_across * across + 2
         top = i // n_across * down + 5
         title = name.replace(", ", ",\n").replace("_encoder", "\n_encoder")
