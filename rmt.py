@@ -793,8 +793,8 @@ def stream(model: RMT, tokens: Tensor, state: State | None = None, temperature: 
     """Continue tokens (B, length), which begin at a segment boundary: yield new tokens forever.
 
     Each new token (B, 1) runs its segment once more, so its price does not depend on how long the
-    text is. No keys and values are cached: so generation is simple and right for every layer, and
-    takes 1.4 to 2 times as long at T 32, and 3 to 4 times as long at T 256. Call model.eval() first.
+    text is. No keys and values are cached: generation is simple and right for every layer, and
+    takes 1.4 to 2 times as long at T 32, 3 to 4 times as long at T 256. Call model.eval() first.
 
     temperature  0 takes the most likely token, 1 samples the model's distribution
     top_k        sample among this many most likely tokens only
@@ -1074,10 +1074,15 @@ def check_config(config: Config):
         value = getattr(config, name)
         if value not in allowed:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
-    for name in "vocab_size segment_len n_layer n_head d_model n_mem cache_len d_assoc nu".split():
-        value = getattr(config, name)
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    smallest = {
+        1: "vocab_size segment_len n_layer n_head d_model n_mem cache_len d_assoc nu",
+        0: "memory_noise carry_dropout window",
+    }
+    for least, names in smallest.items():
+        for name in names.split():
+            value = getattr(config, name)
+            if not value >= least:  # which is true for nan
+                raise ValueError(f"{name}={value} must be at least {least}")
     if config.d_model % (2 * config.n_head) != 0:
         raise ValueError(f"d_model={config.d_model} must be divisible by 2 * n_head="
                          f"{2 * config.n_head}: rotary positions turn pairs of channels")
@@ -1111,7 +1116,6 @@ def check_state(model: RMT, state: State, batch_size: int):
     fits = (
         state.memory.shape == (batch_size, n_mem, model.config.d_model)
         and carry_form(state.carry) == model.carry_form
-        and all(len(tensor) == batch_size for tensor in state.tensors())
         and model.n_cached(state) <= model.n_cache
     )
     if not fits:

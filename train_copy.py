@@ -951,7 +951,6 @@ def main(argv):
 
 def run_all(args):
     """Check all settings before anything is written; train; report."""
-    check_lengths(args)
     names = [args.model]
     if args.baseline not in ("none", args.model):
         names.append(args.baseline)
@@ -959,6 +958,7 @@ def run_all(args):
         models = {name: build(args, name) for name in names}
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
+    check_lengths(args)
 
     rows = []  # of metrics.csv, as far as the checkpoints are
     if args.resume is not None:

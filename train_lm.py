@@ -793,7 +793,6 @@ def main(argv):
 def run_all(args):
     """Check all settings before anything is written; train; report."""
     text = Text(read(args.data))
-    check_sizes(args, text)
     encode_prompt(text.vocabulary, os.fsencode(args.prompt))
     names = [args.model]
     if args.baseline not in ("none", args.model):
@@ -803,6 +802,8 @@ def run_all(args):
         check_sampling(models[args.model], args.temperature, args.top_k)
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
+    check_sizes(args, text)
+
     rows = []  # of metrics.csv, as far as the checkpoints are
     if args.resume is not None:
         for name, model in models.items():

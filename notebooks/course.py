@@ -580,9 +580,9 @@ def draw_masks(models):
     left = bottom = 0
     for title, model in models.items():
         T = model.config.segment_len
-        mask = model.mask(T, model.n_cache)
+        mask = model.mask(T, model.n_cache) == 0
         rows, columns = mask.shape
-        parts = {"r": model.n_read, "c": model.n_cache, "t": T, "w": model.n_write}
+        parts = {"c": model.n_cache, "r": model.n_read, "t": T, "w": model.n_write}
         names = "".join(name * n for name, n in parts.items())
         colors = dict(zip("rctw", (BLUE, ORANGE, BLACK, VERMILION), strict=True))
         for j, name in enumerate(names):

@@ -433,12 +433,10 @@ def new_numbers_wrong(M, D):
 
 
 def transplant(old, config):
-    """Copy what has the same name and shape; the memory of the old model has no rows."""
+    """All names of the old model are in the new one too; what else is there stays as it is."""
     new = RMT(config)
     weights = new.state_dict()
-    for name, weight in old.state_dict().items():
-        if name in weights and weights[name].shape == weight.shape:
-            weights[name] = weight
+    weights.update(old.state_dict())
     new.load_state_dict(weights)
     return new
 
