@@ -405,7 +405,7 @@ class Task(NamedTuple):
 
 
 COPYING = {"n_mem": 8, "steps": 1100, "batch": 16, "lr": 4e-3, "curriculum": "grow",
-           "write_slot": "both", "carry_dropout": 0.5}
+           "write_slot": "both", "carry_dropout": 0.7}
 FACT = {"segments": 8, "eval_segments": [16, 32], "n_mem": 4,
         "memory_noise": 1.0}  # with noise in training, a fact lasts
 PAIRS = {"model": "armt", "segment_len": 2, "n_mem": 4, "batch": 64, "curriculum": "grow",
