@@ -861,7 +861,7 @@ def test_streaming_generation_equals_offline_argmax(name, n_prompt):
 
 
 @models(DIAGONAL)
-@pytest.mark.parametrize("n_layer, length", [(1, 12), (3, 3), (3, 29)])
+@pytest.mark.parametrize("n_layer, length", [(1, 12), (3, 3), (3, 8), (3, 29)])
 def test_diagonals_equal_the_loop_over_segments(name, n_layer, length):
     """The released code is exact for one sequence, and takes one bias for all layers."""
     model = build(name, n_layer=n_layer)
