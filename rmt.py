@@ -619,7 +619,7 @@ VARIANTS["rmt_xl"] = Variant(
 #     bottleneck    memory' = layer([memory ; tokens])
 #                   tokens' = layer([memory' ; other tokens in the window])
 #
-# Departure: the paper has one segment; here memory goes on to the next one, M D floats, as in rmt
+# Departure: the paper has one segment; here memory is passed to the next, M D floats, as in rmt
 # (a decoder) or rmt_encoder. The window of the bottleneck is ours: in the paper tokens see only
 # memory. For clarity both steps compute all rows, and each row is taken from its own step.
 
@@ -1158,9 +1158,9 @@ def check_causal(model: RMT, segment: Tensor, state: State):
     longer, _ = model(segment, state)
     difference = (longer[:, :n] - shorter).abs().max()
     if difference > 0.02 * shorter.abs().max():  # far more than rounding, in bfloat16 too
-        raise ValueError(f"logits change by up to {difference:.2g} when the segment gets longer: a "
-                         "layer looks at later tokens, or at how many there are, and the model "
-                         "cannot generate")
+        raise ValueError(f"logits change by up to {difference:.2g} when the segment gets longer: "
+                         "call model.eval() if dropout is on; else a layer looks at later tokens, "
+                         "or at how many there are, and the model cannot generate")
 
 
 def check_diagonal(model: RMT):
