@@ -24,6 +24,7 @@ import random
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -2301,6 +2302,28 @@ def test_the_readme_is_true():
     pytest.importorskip("transformers")
     exec(second, names)
     assert unroll(names["model"], torch.tensor([[1, 2, 3]]))[0].shape == (1, 3, 50257)
+
+
+def test_the_figures_of_a_notebook_are_kept_for_slides_with_their_captions(folder):
+    """As python assets/figures.py --png keeps those of all notebooks."""
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("nbclient")
+    cell = f"""import sys
+sys.path.insert(0, {str(ROOT / "notebooks")!r})
+import course
+for caption in ("one", "two"):
+    course.show(course.draw_lines({{"a": ([1, 2], [3, 4])}}, "title", "x", "y"), caption)"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    Path("n.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RMT_FIGURES", "")
+        figures.draw_notebooks([Path("n.ipynb")], folder)
+    page = Path("captions.md").read_text(encoding="utf-8")
+    assert re.findall(r"!\[(\w+)\]\((\S+)\)\n\n(\w+)", page) == [
+        ("one", "n-1.png", "one"), ("two", "n-2.png", "two")]
+    for name in ("n-1.png", "n-2.png"):
+        width_and_height = Path(name).read_bytes()[16:24]
+        assert struct.unpack(">II", width_and_height) == (1800, 800)  # 9 by 4 inches, for slides
 
 
 # ==================================================================================================
