@@ -459,7 +459,7 @@ def loop_beside_diagonals(args, model, tokens, work, **options):
     if args.device == "cpu":
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     difference = (found - expected).norm() / expected.norm()
-    allowed = 1e-3 if model.memory.dtype == torch.float32 else 0.1
+    allowed = 1e-3 if expected.dtype == torch.float32 else 0.1
     assert difference < allowed, f"loop and diagonals differ by {difference:.2g} of their size"
     return {
         f"{work}, ms": milliseconds(times["loop"]),
