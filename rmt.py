@@ -1074,15 +1074,17 @@ def check_config(config: Config):
         value = getattr(config, name)
         if value not in allowed:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
-    smallest = {
-        1: "vocab_size segment_len n_layer n_head d_model n_mem cache_len d_assoc nu",
-        0: "memory_noise carry_dropout window",
+    ranges = {
+        "vocab_size segment_len n_layer n_head d_model n_mem cache_len d_assoc nu": (1, math.inf),
+        "memory_noise window": (0, math.inf),
+        "dropout carry_dropout": (0, 1),
     }
-    for least, names in smallest.items():
+    for names, (least, most) in ranges.items():
         for name in names.split():
             value = getattr(config, name)
-            if not value >= least:  # which is true for nan
-                raise ValueError(f"{name}={value} must be at least {least}")
+            if not least <= value <= most:  # which is true for nan
+                rule = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise ValueError(f"{name}={value} must be {rule}")
     if config.d_model % (2 * config.n_head) != 0:
         raise ValueError(f"d_model={config.d_model} must be divisible by 2 * n_head="
                          f"{2 * config.n_head}: rotary positions turn pairs of channels")

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import venv
 import weakref
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
@@ -1595,6 +1596,7 @@ MISTAKES = [  # and what the message must say
     (lambda: Config(n_layer=0), "n_layer=0 must be at least 1"),
     (lambda: Config(cache_len=0), "cache_len=0 must be at least 1"),
     (lambda: Config(memory_noise=math.nan), "memory_noise=nan must be at least 0"),
+    (lambda: Config(carry_dropout=1.5), "carry_dropout=1.5 must be from 0 to 1"),
     (lambda: Config(d_model=18), "d_model=18 must be divisible by 2 * n_head=8"),
     (lambda: build("armt", backbone=RecurrentBackbone), "'armt' has layers of its own: give a"),
     (lambda: segment_mask(1, 0, 1, 1, "bidirectional"), "mask form 'bidirectional' must be"),
@@ -2328,6 +2330,27 @@ for caption in ("one", "two"):
 
 # ==================================================================================================
 # Minutes
+
+
+@pytest.mark.slow
+def test_an_installed_clone_is_imported_in_every_folder(tmp_path):
+    """Beside a clone called rmt, too, where a package of this name would be the folder."""
+    clone = tmp_path / "rmt"
+    clone.mkdir()
+    for name in ("rmt.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = shutil.which("python", path=os.pathsep.join(
+        str(tmp_path / "venv" / folder) for folder in ("bin", "Scripts")))
+    install = [python, "-m", "pip", "install", "--no-deps", "-e", "./rmt"]
+    installed = subprocess.run(install, cwd=tmp_path, capture_output=True, text=True)
+    if "No matching distribution" in installed.stderr:
+        pytest.skip("pip finds no build backend without a network")
+    assert installed.returncode == 0, installed.stderr
+    find = "import importlib.util; print(importlib.util.find_spec('rmt').origin)"
+    for folder in (tmp_path, clone, tmp_path / "venv"):
+        found = subprocess.run([python, "-c", find], cwd=folder, capture_output=True, text=True)
+        assert Path(found.stdout.strip()).resolve() == (clone / "rmt.py").resolve()
 
 
 @pytest.mark.slow
