@@ -29,7 +29,6 @@ import time
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
@@ -427,7 +426,7 @@ LOOKS = [(BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, 
 plt.rcParams.update({
     "font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 12,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "lines.linewidth": 2, "lines.markersize": 7,
+    "lines.linewidth": 2, "lines.markersize": 7, "svg.fonttype": "none", "svg.hashsalt": "rmt",
 })
 
 
@@ -541,36 +540,50 @@ def draw_film(letters, panels, T=4):
     """What a probe reads in the memory after each page, a column per page, panels side by side.
 
     letters  the message (n,), read on pages of T and then said
-    panels   {title: (readings (pages, n) of letters, -1 where none is found, and after how many
-             pages the memory was changed, or None)}
-    Letters of the message stand on blue; others are white on black.
+    panels   {title: (readings (pages, n) of letters, -1 where none is found; after how many pages
+             the memory was changed, or None; and where it was swapped, the other message (n,))}
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 5.6), sharey=True, squeeze=False,
-                                layout="constrained")
     n = len(letters)
-    for axis, (title, (readings, cut)) in zip(axes[0], panels.items(), strict=True):
-        kind = torch.where(readings == letters, 1, 2).masked_fill(readings < 0, 0).T
-        axis.pcolormesh(kind.numpy(), cmap=matplotlib.colors.ListedColormap(["white", PALE, BLACK]),
-                        vmin=0, vmax=2, edgecolors="white", linewidth=2)
-        for place, page in kind.nonzero().tolist():
-            wrong = kind[place, page] == 2
-            axis.text(page + 0.5, place + 0.5, LETTERS[readings[page, place]], ha="center",
-                      va="center", fontsize=14, color="white" if wrong else "black",
-                      weight="bold" if wrong else "normal")
+    bar = n // T
+    looks = {  # colour of the cell, of the letter, and its weight
+        "a letter of the message": (PALE, "black", "normal"),
+        "of the other message": (ORANGE, "black", "bold"),
+        "another letter": (BLACK, "white", "bold"),
+    }
+    drawn = set()
+    figure, axes = plt.subplots(1, len(panels), figsize=(8.65, 6), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, (title, (readings, cut, *other)) in zip(axes[0], panels.items(), strict=True):
+        pages = len(readings)
+        for page, place in (readings >= 0).nonzero().tolist():
+            letter = readings[page, place]
+            known = [letters[place], *(message[place] for message in other)]
+            kind = known.index(letter) if letter in known else 2
+            label = list(looks)[kind]
+            drawn.add(label)
+            cell, ink, weight = looks[label]
+            axis.add_patch(plt.Rectangle((page, place), 1, 1, facecolor=cell, edgecolor="white",
+                                         linewidth=2))
+            axis.text(page + 0.5, place + 0.5, LETTERS[letter], color=ink, weight=weight,
+                      ha="center", va="center")
         for border in range(T, n, T):
-            axis.axhline(border, color="0.6", linewidth=1)
-        axis.axvline(n / T, color="black", linestyle=":")
-        if cut is not None:
-            axis.axvline(cut, color=VERMILION, linewidth=4)
-        axis.set_xticks([page + 0.5 for page in range(len(readings))],
-                        range(1, len(readings) + 1))
-        axis.set_title(title, loc="left")
-        axis.set_xlabel("after page (she reads : she says)")
+            axis.axhline(border, color="0.4", linewidth=1)
+        axis.axvline(bar, color="black", linestyle=":", label="the bar: from here she answers")
+        axis.axvline(cut or -1, color=VERMILION, linewidth=4, label="memory burnt or swapped")
+        axis.set(xlim=(0, pages), ylim=(n, 0), xlabel="after page",
+                 xticks=[page + 0.5 for page in range(pages)], xticklabels=range(1, pages + 1))
+        axis.set_title(title.replace(" with ", " with\n"), loc="left", fontsize=12)
         axis.tick_params(length=0)
     axes[0, 0].set_yticks([place + 0.5 for place in range(n)],
                           [f"{place + 1}  {LETTERS[v]}" for place, v in enumerate(letters)])
     axes[0, 0].set_ylabel("place in the message, and its letter")
-    axes[0, 0].invert_yaxis()
+    handles, _ = axes[0, 0].get_legend_handles_labels()
+    for label, (cell, _, _) in looks.items():
+        if label in drawn:
+            handles.append(plt.Rectangle((0, 0), 1, 1, facecolor=cell, label=label))
+    handles.append(plt.Rectangle((0, 0), 1, 1, facecolor="white", edgecolor="0.4",
+                                 label="none found"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 
