@@ -424,7 +424,7 @@ TASKS = {
                              "steps": 600, "batch": 32, "lr": 2e-3, "curriculum": "random",
                              "write_slot": "both"}),
     "memorize": Task(memorize, symbols_and_noise, FACT),
-    "detect": Task(detect, symbols_and_noise, FACT | {"steps": 2000, "memory_noise": 0.6}),
+    "detect": Task(detect, symbols_and_noise, FACT | {"curriculum": "grow"}),
     "facts": Task(facts, lambda args: WORDS,
                   PAIRS | {"segments": 8, "eval_segments": [16, 32], "segment_len": SENTENCE,
                            "steps": 800}),

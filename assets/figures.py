@@ -270,7 +270,6 @@ CAPACITY = {  # memory tokens of a width, by the floats that they have
     f"{n} of {width}": {"n_mem": n, "d_model": width}
     for n, width in [(2, 64), (4, 64), (16, 32), (8, 64), (4, 128), (16, 64)]
 }
-NOISE = {"memorize": 1.0, "detect": 0.6}  # on the memory in training
 ASSOCIATIVE = {
     "`armt`, delta": {"model": "armt", "update": "delta"},
     "`armt`, armt": {"model": "armt", "update": "armt"},
@@ -366,7 +365,7 @@ TABLES = {
     }, {"record": "capacity"}),
     "length": Table("task | noise in training", {
         f"{task} | {noise}": {"task": task, "memory_noise": noise}
-        for task in NOISE for noise in (NOISE[task], 0.0)
+        for task in ("memorize", "detect") for noise in (1.0, 0.0)
     }, {
         "seeds": count, **{f"{n:,} segments": str(n) for n in (8, 64, 1024, 4096)},
         "paper, 4,096": partial(published, digits=3),
@@ -449,7 +448,7 @@ def readme_table():
 
     copy = partial(score, "9", record="copying", task="copy")
     reverse = partial(score, "6", record="copying", task="reverse")
-    fact = partial(score, record="length", task="memorize", memory_noise=NOISE["memorize"])
+    fact = partial(score, record="length", task="memorize", memory_noise=1.0)
     writes = partial(score, record="associative", task="rewrite", **ASSOCIATIVE["`armt`, delta"])
     plain, cached, ours, _ = [score("carried", **RECIPE | LANGUAGE[name]) for name in BESIDE]
     reset = "its initial state at every boundary"  # a control of train_copy.py
@@ -654,10 +653,10 @@ def draw_length():
     where = {"memorize": "fact in the first segment", "detect": "fact in any segment"}
     lengths = [2, 8, 16, 64, 256, 1024, 4096]
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.6), sharey=True, layout="constrained")
-    for axis, (task, noise) in zip(axes, NOISE.items(), strict=True):
+    for axis, task in zip(axes, where, strict=True):
         runs = find(read_runs(), record="length", task=task)
         plain = find(runs, memory_noise=0.0)
-        noisy = find(runs, memory_noise=noise)
+        noisy = find(runs, memory_noise=1.0)
         plot_points(axis, (BLACK, "s", "--"), {n: numbers(plain, str(n)) for n in lengths},
                     "no noise: seeds and mean", aside=0.93)
         plot_points(axis, look("rmt"), {n: numbers(noisy, str(n)) for n in lengths},
