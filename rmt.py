@@ -551,11 +551,11 @@ def gradient_stops(s: int, n_segments: int, bptt_depth: int | None) -> bool:
         segments      0  1 | 2  3 | 4  5        n_segments 6
         segments      0 | 1  2 | 3  4           n_segments 5
 
-    Raises ValueError for a depth below 0.
+    Raises ValueError for a depth that is no whole number, or below 0.
     """
-    if bptt_depth is not None and bptt_depth < 0:
+    if bptt_depth is not None and (bptt_depth < 0 or bptt_depth % 1 != 0):
         raise ValueError(f"bptt_depth={bptt_depth} must be None (the gradient crosses all "
-                         "boundaries) or at least 0")
+                         "boundaries) or a whole number of at least 0")
     if bptt_depth is None or s == 0:  # never before the first: the initial memory must learn
         return False
     return (n_segments - s) % (bptt_depth + 1) == 0
@@ -792,9 +792,9 @@ def stream(model: RMT, tokens: Tensor, state: State | None = None, temperature: 
            top_k: int | None = None, generator: torch.Generator | None = None) -> Iterator[Tensor]:
     """Continue tokens (B, length), which begin at a segment boundary: yield new tokens forever.
 
-    Each new token (B, 1) runs its segment once more, so its price does not depend on how long the
-    text is. No keys and values are cached: generation is simple and right for every layer, and
-    takes 1.4 to 2 times as long at T 32, 3 to 4 times as long at T 256. Call model.eval() first.
+    Each new token (B, 1) reruns its segment, so its cost does not depend on how long the text is.
+    No keys and values are cached: generation is simple and right for every layer, and a few times
+    slower in long segments. Call model.eval() first.
 
     temperature  0 takes the most likely token, 1 samples the model's distribution
     top_k        sample among this many most likely tokens only
@@ -827,7 +827,7 @@ def generate(model: RMT, tokens: Tensor, n_new: int, state: State | None = None,
              temperature: float = 1.0, top_k: int | None = None,
              generator: torch.Generator | None = None) -> Tensor:
     """Continue tokens (B, length) by n_new tokens (B, n_new); otherwise like `stream`."""
-    new = islice(stream(model, tokens, state, temperature, top_k, generator), n_new)
+    new = list(islice(stream(model, tokens, state, temperature, top_k, generator), n_new))
     return torch.cat([tokens[:, :0].long(), *new], dim=1)
 
 
@@ -1118,6 +1118,7 @@ def check_state(model: RMT, state: State, batch_size: int):
     fits = (
         state.memory.shape == (batch_size, n_mem, model.config.d_model)
         and carry_form(state.carry) == model.carry_form
+        and all(len(tensor) == batch_size for tensor in state.tensors())
         and model.n_cached(state) <= model.n_cache
     )
     if not fits:
@@ -1150,7 +1151,11 @@ def check_sampling(model: RMT, temperature: float, top_k: int | None):
 
 
 def check_causal(model: RMT, segment: Tensor, state: State):
-    """Raise ValueError where the logits of tokens depend on the tokens after them."""
+    """Raise ValueError where logits are random, or depend on the tokens after them."""
+    noises = (model.config.dropout, model.config.memory_noise, model.config.carry_dropout)
+    if model.training and max(noises) > 0:
+        raise ValueError("the model is in training mode, where dropout and noise are on: call "
+                         "model.eval() first")
     others = (segment + 1) % model.config.vocab_size
     segment = torch.cat([segment, others], dim=1)[:, :model.config.segment_len]
     n = segment.size(1) - 1
@@ -1161,8 +1166,8 @@ def check_causal(model: RMT, segment: Tensor, state: State):
     difference = (longer[:, :n] - shorter).abs().max()
     if difference > 0.02 * shorter.abs().max():  # far more than rounding, in bfloat16 too
         raise ValueError(f"logits change by up to {difference:.2g} when the segment gets longer: "
-                         "call model.eval() if dropout is on; else a layer looks at later tokens, "
-                         "or at how many there are, and the model cannot generate")
+                         "a layer looks at later tokens, or at how many there are, and the model "
+                         "cannot generate")
 
 
 def check_diagonal(model: RMT):
@@ -1179,6 +1184,10 @@ def check_diagonal(model: RMT):
     if any(settings != first for settings in others) or list(model.backbone.buffers()):
         raise ValueError("unroll_diagonal needs layers that differ in the weights of nn.Linear and "
                          "nn.LayerNorm only: use unroll")
+    for module in model.backbone.blocks.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"unroll_diagonal does not call the hooks of single layers, and a "
+                             f"{type(module).__name__} has one: use unroll")
     for module in model.backbone.blocks[0].modules():
         stackable = type(module) in (nn.Linear, nn.LayerNorm)
         if not stackable and list(module.parameters(recurse=False)):
@@ -1189,8 +1198,9 @@ def check_diagonal(model: RMT):
 
 def settings_of(block: nn.Module) -> list:
     """All that makes a layer what it is, except its weights."""
+    of_pytorch = vars(nn.Module()).keys() - {"training"}
     settings = []
     for name, module in block.named_modules():
-        public = {key: value for key, value in vars(module).items() if not key.startswith("_")}
-        settings.append((name, type(module), repr(public)))
+        own = {key: value for key, value in vars(module).items() if key not in of_pytorch}
+        settings.append((name, type(module), repr(own)))
     return settings

@@ -1616,8 +1616,20 @@ def layers_that_differ():
     """A model whose layers differ in a plain number."""
     model = build("transformer")
     for i, block in enumerate(model.backbone.blocks):
-        block.scale = 1 / (i + 1)
+        block._scale = 1 / (i + 1)
     return model
+
+
+def layer_with_a_hook():
+    """A model one of whose layers ends in a hook."""
+    model = build("transformer")
+    model.backbone.blocks[1].mlp.register_forward_hook(lambda module, x, y: 2 * y)
+    return model
+
+
+def carry_of_one_sequence():
+    """A state whose memory has two sequences, and its carry one."""
+    return build("armt").initial_state(2)._replace(carry=build("armt").initial_state(1).carry)
 
 
 def state_of(name="rmt", batch_size=2, **changes):
@@ -1658,7 +1670,11 @@ MISTAKES = [  # and what the message must say
     (lambda: build("armt")(text(3), state_of("armt", nu=2)), "does not fit 'armt' with 2"),
     (lambda: build("armt")(text(3), state_of("armt, published")), "does not fit 'armt'"),
     (lambda: build("armt")(text(3), state_of("armt", batch_size=1)), "does not fit 'armt' with 2"),
+    (lambda: build("armt")(text(3), carry_of_one_sequence()), "does not fit 'armt' with 2 seq"),
     (lambda: unroll(build(), text(3), bptt_depth=-1), "bptt_depth=-1 must be None (the gradient"),
+    (lambda: unroll(build(), text(3), bptt_depth=0.5), "bptt_depth=0.5 must be None (the gradient"),
+    (lambda: generate(build(memory_noise=1.0).train(), text(9), 1), "the model is in training"),
+    (lambda: generate(build(), text(3)[0], 1), "tokens are torch.int64 of shape (3,) and must be"),
     (lambda: generate(build(), text(3), 1, temperature=-1), "temperature=-1 must be 0 (the most"),
     (lambda: generate(build(), text(3), 1, temperature=1e-45), "a finite number from 1e-4 up"),
     (lambda: generate(build(), text(3), 1, top_k=0), "top_k=0 must be None or at least 1"),
@@ -1672,6 +1688,7 @@ MISTAKES = [  # and what the message must say
     (lambda: unroll_diagonal(own(Gated), text(3)), "a Gated of this layer has other weights"),
     (lambda: unroll_diagonal(own(RowsFirst), text(9)), "a layer gave (4, 2, 16) to a Linear"),
     (lambda: unroll_diagonal(layers_that_differ(), text(3)), "needs layers that differ in the"),
+    (lambda: unroll_diagonal(layer_with_a_hook(), text(3)), "does not call the hooks of single"),
     (lambda: unroll_diagonal(build("armt"), text(3), state_of("armt", 3)), "does not fit 'armt'"),
 ]
 

@@ -16,7 +16,8 @@ forward, loss and backward without an optimizer step; inference is forward witho
 contestants must compute the same, that is asserted; nothing is asserted about time.
 
 Two rivals take part where they can be imported: transformers, and
-recurrent-memory-transformer-pytorch.
+recurrent-memory-transformer-pytorch. Where memory runs out a section stops, and the record keeps
+what it had of that section.
 """
 import argparse
 import json
@@ -29,11 +30,13 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -70,13 +73,13 @@ SIZES = {
 # Measuring
 
 
-def build(args, size, **changes):
+def build(args, size, batch=None, n_segments=None, **changes):
     """A model of that size, with changes in its config, and tokens (B, n_segments T)."""
-    config, batch, n_segments = SIZES[size]
-    config = replace(config, **changes)
+    default = SIZES[size]
+    config = replace(default.config, **changes)
     torch.manual_seed(0)
     model = RMT(config).to(args.device)
-    shape = (batch, n_segments * config.segment_len)
+    shape = (batch or default.batch, (n_segments or default.n_segments) * config.segment_len)
     return model, torch.randint(config.vocab_size, shape).to(args.device)
 
 
@@ -197,11 +200,21 @@ PEERS = {  # name of the module to import: name in the tables, what builds it
 }
 
 
+def rivals():
+    """{name: what builds it} of the peers that can be imported, and a line about the others."""
+    found = {}
+    for module, (name, make) in PEERS.items():
+        try:
+            import_module(module)
+            found[name] = make
+        except ImportError as error:
+            print(f"{name} does not take part: {error}")
+    return found
+
+
 def peers(args):
     """Time of the others over ours; below 1 they are faster. Our transformer has no memory rows."""
-    for module in PEERS:
-        if not find_spec(module):
-            print(f"{module} cannot be imported and does not take part.")
+    others = rivals()
     for size in ["copy", "tiny"] if args.quick else ["copy", "lm", "tiny", "S", "M"]:
         ours, tokens = build(args, size)
         plain, _ = build(args, size, variant="transformer")
@@ -209,12 +222,13 @@ def peers(args):
                   "transformer": (plain, partial(unroll, plain))}
         if args.compile:
             mode = "reduce-overhead" if args.device == "cuda" else None  # which is CUDA graphs
-            models["compiled"] = (ours, partial(torch.compile(unroll, mode=mode), ours))
-        for module, (name, make) in PEERS.items():
-            if find_spec(module):
-                other = make(SIZES[size].config).to(args.device)
-                assert abs(n_parameters(other) / n_parameters(ours) - 1) < 0.15
-                models[name] = (other, other)
+            torch.compiler.reset()  # after eight compilations of unroll, torch would run it eagerly
+            compiled = torch.compile(unroll, mode=mode, fullgraph=True)
+            models["compiled"] = (ours, partial(compiled, ours))
+        for name, make in others.items():
+            other = make(SIZES[size].config).to(args.device)
+            assert abs(n_parameters(other) / n_parameters(ours) - 1) < 0.15
+            models[name] = (other, other)
         for work, start in WORKS.items():
             contestants = {name: start(*both, tokens) for name, both in models.items()}
             times, results = race(args, contestants)
@@ -244,9 +258,7 @@ def diagonal(args):
         for size in ["small"] if args.quick else ["small", "deep", "tiny", "S"]:
             n_segments = 8 if size == "S" or args.quick else 32
             for batch in 1, 8:
-                model, _ = build(args, size, variant=variant)
-                tokens = torch.randint(256, (batch, n_segments * model.config.segment_len))
-                tokens = tokens.to(args.device)
+                model, tokens = build(args, size, batch, n_segments, variant=variant)
                 row = {"variant": variant, "size": size, "batch": batch, "segments": n_segments}
                 for work, start in WORKS.items():
                     times, results = race(args, {
@@ -284,7 +296,7 @@ def memory(args):
     size, n_segments = ("tiny", 4) if args.quick else ("S", 32)
     plain = in_fresh_process(backpropagation, args, size, n_segments, False)
     less = in_fresh_process(backpropagation, args, size, n_segments, True)
-    model, tokens = build(args, size)
+    model, tokens = build(args, size, n_segments=n_segments)
     times, losses = race(args, {
         "plain": training(model, partial(unroll, model), tokens),
         "checkpoint": training(model, partial(unroll, model, checkpoint=True), tokens)})
@@ -316,8 +328,7 @@ def backpropagation(args, size, n_segments, checkpoint):
     torch.set_num_threads(1)
     model, tokens = build(args, "copy")  # so that what a first step loads does not count
     training(model, partial(unroll, model, checkpoint=checkpoint), tokens)()
-    model, tokens = build(args, size)
-    tokens = tokens.repeat(1, n_segments // SIZES[size].n_segments)
+    model, tokens = build(args, size, n_segments=n_segments)
     before = reset_peak(args.device)
     training(model, partial(unroll, model, checkpoint=checkpoint), tokens)()
     return rounded(megabytes(args.device) - before)
@@ -354,18 +365,50 @@ def print_row(row, last):
     print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
 
 
+def run_section(name, args):
+    """Print the rows of a section as they come, and return them; None where memory runs out."""
+    print(f"\n## {name}", flush=True)
+    rows = []
+    try:
+        for row in SECTIONS[name](args):
+            print_row(row, rows[-1] if rows else None)
+            rows.append(row)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"{name} stops here, out of memory: {type(error).__name__} {str(error)[:100]}")
+        return None
+    return rows
+
+
+def out_of_memory(error):
+    """Is that what the error means? A GPU, a CPU and a process that was killed say so each."""
+    if isinstance(error, (MemoryError, BrokenProcessPool)):
+        return True
+    return "out of memory" in str(error) or "allocate memory" in str(error)
+
+
+def hardware(device):
+    """The GPU, or the processor as Linux names it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(encoding="utf-8"))
+        name = found[1] if found else name
+    return f"{platform.machine()} {name}, 1 thread"
+
+
 def about(args):
     """How these numbers came about."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for module in PEERS:
-        if find_spec(module):
+        with suppress(PackageNotFoundError):
             versions[module] = version(module.replace("_", "-"))
-    if args.device == "cuda":
-        hardware = torch.cuda.get_device_name()
-    else:
-        hardware = f"{platform.machine()} {platform.processor()}, 1 thread"
     return {"command": shlex.join(["python", "assets/benchmark.py", *sys.argv[1:]]), "seed": 0,
-            "versions": versions, "hardware": hardware, "date": date.today().isoformat()}
+            "versions": versions, "hardware": hardware(args.device),
+            "date": date.today().isoformat()}
 
 
 def main():
@@ -387,18 +430,22 @@ def main():
                                           else "speed.json")
     record = {"about": about(args), "sections": {}}
     if path.exists():
-        record["sections"] = json.loads(path.read_text(encoding="utf-8"))["sections"]
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name in SECTIONS:
+            if name in before["sections"]:  # with the versions and hardware that it was made with
+                record["sections"][name] = before["about"] | before["sections"][name]
+    stopped = []
     for name in args.only:
-        print(f"\n## {name}", flush=True)
-        rows = []
-        for row in SECTIONS[name](args):
-            print_row(row, rows[-1] if rows else None)
-            rows.append(row)
-        record["sections"][name] = record["about"] | {"rows": rows}
-        if not args.quick:
+        rows = run_section(name, args)
+        if rows is None:
+            stopped.append(name)
+        if rows and not args.quick:
+            record["sections"][name] = record["about"] | {"rows": rows}
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
+    if stopped:
+        sys.exit(f"out of memory: {', '.join(stopped)}")
 
 
 if __name__ == "__main__":

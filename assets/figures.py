@@ -337,7 +337,6 @@ SPEED = {
     "time of the authors' design (GPT-2 of `transformers`) over ours": {"quantity": "GPT-2 / ours"},
     "time of `recurrent-memory-transformer-pytorch` over ours": {"quantity": "package / ours"},
     "time of `transformer` (no memory) over that of `rmt`": {"quantity": "transformer / ours"},
-    "share of the rate of the bare matrix products": {"quantity": "share"},
 }
 DIAGONAL = {
     "4 layers of width 64, segment 16": {"size": "small"},
