@@ -789,7 +789,7 @@ def test_memory_around_a_hugging_face_model_equals_a_loop_by_hand(kind, variant)
     logits, state = unroll(model, tokens)
     assert_close([logits, state.memory], [torch.cat(pieces, dim=1), memory], 1e-6)
     long = dataclasses.replace(config, segment_len=3 * T)
-    with pytest.raises(ValueError, match="positions: take a smaller segment_len or n_mem"):
+    with pytest.raises(ValueError, match="positions: use a smaller segment_len or n_mem"):
         unroll(RMT(long, backbone, model.embed, head).double(), tokens)
     if kind == "Bert":
         return
