@@ -25,8 +25,8 @@ The written memory fills both memory blocks of the next segment. The whole metho
 The file has three parts. Part I is the Recurrent Memory Transformer, complete; you can stop reading
 after it. Part II adds its relatives, one mechanism at a time: each is a layer, its equations, and
 its row of the table VARIANTS. Part III puts a model to work: it generates text, shows where a model
-looks, and runs many segments at once where that is possible. A comment that begins with "Departure"
-marks each place where this file differs from a paper.
+looks, and runs many segments at once where that is possible. A comment with the word "departure"
+marks a place where this file differs from a paper.
 
 Glossary
     B  batch size      T  segment_len, tokens per segment     V  vocab_size
@@ -93,7 +93,7 @@ class Config:
 
     # Part II: transformer_xl and rmt_xl
     cache_len: int = 32          # positions that every layer caches, "mem_len" in [TXL]
-    carry_dropout: float = 0.0   # rmt_xl, in training: how often a layer loses a sequence's cache
+    carry_dropout: float = 0.0   # rmt_xl, in training: how likely a layer drops a sequence's cache
     # Part II: mem_bottleneck
     window: int = 0              # how far a token sees other tokens, besides memory
     # Part II: armt
@@ -551,7 +551,7 @@ def gradient_stops(s: int, n_segments: int, bptt_depth: int | None) -> bool:
         segments      0  1 | 2  3 | 4  5        n_segments 6
         segments      0 | 1  2 | 3  4           n_segments 5
 
-    Raises ValueError for a depth that is no whole number, or below 0.
+    Raises ValueError for a depth that is not a whole number, or below 0.
     """
     if bptt_depth is not None and (bptt_depth < 0 or bptt_depth % 1 != 0):
         raise ValueError(f"bptt_depth={bptt_depth} must be None (the gradient crosses all "
@@ -593,7 +593,7 @@ class CacheBlock(Block):
 
     def forward(self, x: Tensor, layout: Layout, carry: tuple) -> tuple[Tensor, tuple]:
         (cache,) = carry
-        if self.training and self.carry_dropout > 0:  # it must learn to use its memory, too
+        if self.training and self.carry_dropout > 0:  # so that it does not rely on its cache alone
             kept = torch.rand(len(x), 1, 1, device=x.device) >= self.carry_dropout
             cache = cache * kept
         _, tokens, _ = layout.split(x)
@@ -762,7 +762,7 @@ class AssociativeBlock(Block):
                 v = v - self.read(k, A, z)                 # what A does not know yet
             if self.update == "delta":
                 # Write rows with alike keys share one step: then no eigenvalue of sum beta k k^T is
-                # above 1, and no write amplifies what A held. Else 16 rows can make A explode.
+                # above 1, and no write amplifies what A held. Otherwise 16 rows can make A explode.
                 beta = beta / (k @ k.mT @ beta).clamp(min=1)
             if self.update == "armt":
                 z = z + self.newness(k, z).mul(k).sum(dim=1)
@@ -1091,7 +1091,7 @@ def check_config(config: Config):
 
 
 def check_tokens(model: RMT, tokens: Tensor, longest: int | None = None):
-    """Raise TypeError or ValueError for what the model cannot read. No values are looked at."""
+    """Raise TypeError or ValueError for what the model cannot read, whatever the values are."""
     if not hasattr(model, "initial_state"):
         raise TypeError(f"model is a {type(model).__name__} and must be an RMT: for distributed "
                         "training, wrap a module whose forward calls unroll")
@@ -1158,16 +1158,17 @@ def check_causal(model: RMT, segment: Tensor, state: State):
                          "model.eval() first")
     others = (segment + 1) % model.config.vocab_size
     segment = torch.cat([segment, others], dim=1)[:, :model.config.segment_len]
-    n = segment.size(1) - 1
-    if n == 0:
-        return
-    shorter, _ = model(segment[:, :n], state)
     longer, _ = model(segment, state)
-    difference = (longer[:, :n] - shorter).abs().max()
-    if difference > 0.02 * shorter.abs().max():  # far more than rounding, in bfloat16 too
-        raise ValueError(f"logits change by up to {difference:.2g} when the segment gets longer: "
-                         "a layer looks at later tokens, or at how many there are, and the model "
-                         "cannot generate")
+    for n in (1, segment.size(1) - 1):
+        if not 0 < n < segment.size(1):
+            continue
+        shorter, _ = model(segment[:, :n], state)
+        difference = (longer[:, :n] - shorter).abs().max()
+        if difference > 0.02 * shorter.abs().max():  # far more than rounding, in bfloat16 too
+            raise ValueError(f"logits change by up to {difference:.2g} when the segment gets "
+                             "longer: a layer looks at later tokens, or at how many there are, "
+                             "and the model cannot generate (with dropout of its own, call "
+                             "model.eval() first)")
 
 
 def check_diagonal(model: RMT):
@@ -1176,18 +1177,19 @@ def check_diagonal(model: RMT):
         raise ValueError(f"the memory of {model.config.variant!r} goes from a segment's last layer "
                          "to the first layer of the next, so no two segments can run side by side: "
                          "use unroll")
-    if not isinstance(model.backbone, Transformer):
-        kind = type(model.backbone).__name__
-        raise ValueError(f"unroll_diagonal runs the layers of a Transformer side by side, and a "
-                         f"{kind} may have none: use unroll")
+    if type(model).forward is not RMT.forward or getattr(
+            type(model.backbone), "forward", None) is not Transformer.forward:
+        kinds = f"{type(model).__name__} around a {type(model.backbone).__name__}"
+        raise ValueError(f"unroll_diagonal knows the forward of an RMT around a Transformer, and "
+                         f"not that of your {kinds}: use unroll")
     first, *others = [settings_of(block) for block in model.backbone.blocks]
     if any(settings != first for settings in others) or list(model.backbone.buffers()):
         raise ValueError("unroll_diagonal needs layers that differ in the weights of nn.Linear and "
                          "nn.LayerNorm only: use unroll")
-    for module in model.backbone.blocks.modules():
+    for module in [model, *model.backbone.modules()]:
         if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"unroll_diagonal does not call the hooks of single layers, and a "
-                             f"{type(module).__name__} has one: use unroll")
+            raise ValueError(f"unroll_diagonal does not call hooks of the model and its layers, "
+                             f"and a {type(module).__name__} has one: use unroll")
     for module in model.backbone.blocks[0].modules():
         stackable = type(module) in (nn.Linear, nn.LayerNorm)
         if not stackable and list(module.parameters(recurse=False)):
@@ -1202,5 +1204,6 @@ def settings_of(block: nn.Module) -> list:
     settings = []
     for name, module in block.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in of_pytorch}
-        settings.append((name, type(module), repr(own)))
+        weights = [key for key, _ in module.named_parameters(recurse=False)]
+        settings.append((name, type(module), repr(own), weights))
     return settings

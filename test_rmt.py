@@ -888,6 +888,14 @@ def test_the_delta_rule_stays_bounded_where_many_write_rows_have_alike_keys():
             carry = block.write(alike + 0.1 * torch.randn(1, 32, D), *carry)
     assert carry[0].abs().max() < 5
 
+    # 32 rows with one key together write it once: what it held goes towards zero, not beyond.
+    same = torch.randn(1, 1, D).expand(1, 32, D)
+    k = block.features(block.w_k(same[:, :1]))
+    block.w_v.weight.data.zero_()
+    A, z = carry
+    before, after = block.read(k, A, z), block.read(k, *block.write(same, A, z))
+    assert (before * after).min() > -1e-12
+
 
 # ------------------------------------------------------------------------------- a model at work
 
@@ -1110,6 +1118,10 @@ def test_dropout_and_noise_act_in_training_alone(name):
         assert torch.equal(unroll(model, text(11))[0], plain)
         model.train()
         assert not torch.allclose(unroll(model, text(11))[0], plain)
+    model = build(name, dropout=0.5).train()
+    memory = model.initial_state(2).memory
+    rows = model.wrap(text(T), memory)
+    assert torch.equal(rows[:, :model.n_read], model.eval().wrap(text(T), memory)[:, :model.n_read])
 
 
 def test_carry_dropout_takes_the_whole_cache_of_some_sequences():
@@ -1609,7 +1621,7 @@ def own(block, **changes):
     """A model whose layers are one of the classes above."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(VARIANTS, "own", OWN_BLOCKS[block.__name__])
-        return RMT(Config("own", **SIZES))
+        return RMT(Config("own", **SIZES | changes))
 
 
 def layers_that_differ():
@@ -1624,6 +1636,13 @@ def layer_with_a_hook():
     """A model one of whose layers ends in a hook."""
     model = build("transformer")
     model.backbone.blocks[1].mlp.register_forward_hook(lambda module, x, y: 2 * y)
+    return model
+
+
+def layers_with_a_bias():
+    """A model one of whose layers has a bias where the others have none."""
+    model = build("transformer")
+    model.backbone.blocks[1].attn.out = nn.Linear(D, D)
     return model
 
 
@@ -1682,13 +1701,15 @@ MISTAKES = [  # and what the message must say
     (generate_with_nan, "the model's logits are not finite: was it trained with too large a"),
     (lambda: own(OneCarry), "the carry of a layer is a Tensor and must be a tuple of tensors"),
     (lambda: generate(own(LooksAhead), text(1), 1), "a layer looks at later tokens, or at how"),
+    (lambda: generate(own(LooksAhead, segment_len=200), text(150), 1), "a layer looks at later"),
     (lambda: attention_maps(build("rmt around a GRU"), text(3)), "needs layers that call F.scaled"),
     (lambda: unroll_diagonal(build(), text(3)), "the memory of 'rmt' goes from a segment's last"),
-    (lambda: unroll_diagonal(build("transformer around a GRU"), text(3)), "Backbone may have none"),
+    (lambda: unroll_diagonal(build("transformer around a GRU"), text(3)), "around a RecurrentBack"),
+    (lambda: unroll_diagonal(layers_with_a_bias(), text(3)), "needs layers that differ in the"),
     (lambda: unroll_diagonal(own(Gated), text(3)), "a Gated of this layer has other weights"),
     (lambda: unroll_diagonal(own(RowsFirst), text(9)), "a layer gave (4, 2, 16) to a Linear"),
     (lambda: unroll_diagonal(layers_that_differ(), text(3)), "needs layers that differ in the"),
-    (lambda: unroll_diagonal(layer_with_a_hook(), text(3)), "does not call the hooks of single"),
+    (lambda: unroll_diagonal(layer_with_a_hook(), text(3)), "does not call hooks of the model"),
     (lambda: unroll_diagonal(build("armt"), text(3), state_of("armt", 3)), "does not fit 'armt'"),
 ]
 
