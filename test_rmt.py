@@ -726,7 +726,8 @@ def adapter():
     """What the README and pretrained.md define to put memory around a pretrained model."""
     names = {}
     exec(next(block for block in blocks_of("README.md") if "class HuggingFace" in block), names)
-    exec(blocks_of("assets/results/pretrained.md")[1], names)
+    for block in blocks_of("assets/results/pretrained.md")[1:]:
+        exec(block, names)
     return names
 
 
@@ -768,7 +769,7 @@ def test_memory_around_a_hugging_face_model_equals_a_loop_by_hand(kind, variant)
     elif kind == "Bert":
         head = lm.cls
     config = Config(variant, vocab_size=V, d_model=D, segment_len=T, n_mem=M)
-    backbone = names["HuggingFace"](lm.base_model)
+    backbone = names["Encoder" if kind == "Bert" else "HuggingFace"](lm.base_model)
     model = RMT(config, backbone, lm.get_input_embeddings(), head).double().eval()
 
     N = model.n_read + T + model.n_write
@@ -2418,7 +2419,7 @@ def test_the_programs_of_the_readme_run(folder, monkeypatch):
 
     pytest.importorskip("transformers")
     exec(pretrained, names)
-    check, _ = blocks_of("assets/results/pretrained.md")
+    check, *_ = blocks_of("assets/results/pretrained.md")
     with redirect_stdout(StringIO()) as printed:
         exec(check, names)
     assert re.match(r"tensor\(0\.", printed.getvalue())
