@@ -759,7 +759,7 @@ def draw_associative():
     groups = {
         "The rules that update the matrix of armt: delta lasts longest":
             ("`armt`, delta", "`armt`, armt", "`armt`, hebbian"),
-        "armt beside other models: it keeps the most":
+        "armt beside other models: the most, except on detect":
             ("`armt`, delta", "`rmt`, M 8", "`rmt`, as large", "`transformer_xl`"),
     }
     panels = {  # what is counted, the longest length of training, guessing, record
