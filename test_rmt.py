@@ -1382,7 +1382,7 @@ def test_generation_costs_one_segment_per_token_however_long_the_text_is():
     model.head.register_forward_hook(watch)
     continuation = stream(model, text(10 * T), temperature=0)
     next(continuation)
-    assert len(references) == 9 + 2 + 1  # the prompt, the check that the model is causal, a token
+    assert len(references) == 9 + 3 + 1  # the prompt, the check that the model is causal, a token
     assert max(alive) <= 3
     references.clear()
     for _ in range(3 * T):
