@@ -1159,7 +1159,7 @@ def check_causal(model: RMT, segment: Tensor, state: State):
     others = (segment + 1) % model.config.vocab_size
     segment = torch.cat([segment, others], dim=1)[:, :model.config.segment_len]
     longer, _ = model(segment, state)
-    for n in (1, segment.size(1) - 1):
+    for n in {1, segment.size(1) - 1}:  # the same where there are two tokens
         if not 0 < n < segment.size(1):
             continue
         shorter, _ = model(segment[:, :n], state)

@@ -16,8 +16,7 @@ forward, loss and backward without an optimizer step; inference is forward witho
 contestants must compute the same, that is asserted; nothing is asserted about time.
 
 Two rivals take part where they can be imported: transformers, and
-recurrent-memory-transformer-pytorch. Where memory runs out a section stops, and the record keeps
-what it had of that section.
+recurrent-memory-transformer-pytorch.
 """
 import argparse
 import json
@@ -30,7 +29,6 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
@@ -365,29 +363,6 @@ def print_row(row, last):
     print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
 
 
-def run_section(name, args):
-    """Print the rows of a section as they come, and return them; None where memory runs out."""
-    print(f"\n## {name}", flush=True)
-    rows = []
-    try:
-        for row in SECTIONS[name](args):
-            print_row(row, rows[-1] if rows else None)
-            rows.append(row)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print(f"{name} stops here, out of memory: {type(error).__name__} {str(error)[:100]}")
-        return None
-    return rows
-
-
-def out_of_memory(error):
-    """Is that what the error means? A GPU, a CPU and a process that was killed say so each."""
-    if isinstance(error, (MemoryError, BrokenProcessPool)):
-        return True
-    return "out of memory" in str(error) or "allocate memory" in str(error)
-
-
 def hardware(device):
     """The GPU, or the processor as Linux names it."""
     if device == "cuda":
@@ -434,18 +409,17 @@ def main():
         for name in SECTIONS:
             if name in before["sections"]:  # with the versions and hardware that it was made with
                 record["sections"][name] = before["about"] | before["sections"][name]
-    stopped = []
     for name in args.only:
-        rows = run_section(name, args)
-        if rows is None:
-            stopped.append(name)
+        print(f"\n## {name}", flush=True)
+        rows = []
+        for row in SECTIONS[name](args):
+            print_row(row, rows[-1] if rows else None)
+            rows.append(row)
         if rows and not args.quick:
             record["sections"][name] = record["about"] | {"rows": rows}
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
-    if stopped:
-        sys.exit(f"out of memory: {', '.join(stopped)}")
 
 
 if __name__ == "__main__":

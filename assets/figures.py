@@ -54,15 +54,15 @@ NO_SETTING = {  # flags that do not change a result
 DEFAULTS = {field.name: field.default for field in fields(Config)}
 
 
-def gather(name, paths, commit=None, folder=RESULTS):
-    """Write folder/NAME.json from what the scripts wrote to some files."""
+def gather(name, paths, commit=None):
+    """Write the record NAME.json from what the scripts wrote to some files."""
     runs = []
     for path in sorted(paths):
         run = read_result(path)
         if commit is not None:
             run["commit"] = commit
         runs.append(run)
-    write_record(name, runs, folder)
+    write_record(name, runs)
 
 
 def read_result(path):
@@ -74,10 +74,10 @@ def read_result(path):
     return run
 
 
-def write_record(name, runs, folder=RESULTS):
-    """Write folder/NAME.json: a line for every run."""
+def write_record(name, runs):
+    """Write the record NAME.json: a line for every run."""
     text = ",\n".join(json.dumps(run) for run in runs)
-    write_text(folder / f"{name}.json", f"[\n{text}\n]\n")
+    write_text(RESULTS / f"{name}.json", f"[\n{text}\n]\n")
 
 
 def write_text(path, text):
