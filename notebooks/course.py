@@ -1,19 +1,20 @@
 """What the notebooks of the course share, and what you need not read to follow a lesson.
 
-    python notebooks/course.py --student FOLDER [--repo OWNER/NAME]
-        Write a copy for a class: the notebooks without outputs, and no solutions. Put it on GitHub
-        as OWNER/NAME, and the badges open it, and notebooks that run alone fetch it.
+It reads from top to bottom: guesses and claims, a report to hand in, messages and training,
+instruments, pictures. The checks of the exercises are in exercises.py, and what a teacher runs is
+in teacher.py:
 
-Environment variables change how the notebooks run: RMT_FAST=1 hardly trains anything, and
-claims are said without being asserted; RMT_SEED=1 takes another seed. RMT_FIGURES=FOLDER keeps all
+    python notebooks/course.py --student FOLDER    write a copy of the course for a class
+    python notebooks/course.py --grade FOLDER      check what the students of a class handed in
+
+Environment variables change how the notebooks run: with RMT_FAST=1 they hardly train anything, and
+print claims without asserting them; RMT_SEED=1 takes another seed. RMT_FIGURES=FOLDER keeps all
 figures there, for slides: python assets/figures.py --png does that for all notebooks.
-
-It reads from top to bottom: guesses and claims, exercises, messages and training, pictures, the
-copy for a class.
 """
 import argparse
 import ast
 import base64
+import hashlib
 import inspect
 import io
 import json
@@ -26,7 +27,8 @@ import sys
 import tempfile
 import textwrap
 import time
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,7 +39,7 @@ from matplotlib.animation import FuncAnimation
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from rmt import generate, unroll  # noqa: E402
+from rmt import RMT, Config, generate, unroll  # noqa: E402
 
 FAST = os.environ.get("RMT_FAST") == "1"
 SEED = int(os.environ.get("RMT_SEED", "0"))
@@ -55,7 +57,10 @@ class Guess:
     """A number that you expected, and the one that was measured."""
     value: float | None
     found: float | None = None
-    error: float = 0.0  # 1 is the largest that counts as within reach
+    error: float = 0.0                 # 1 is the largest that counts as within reach
+    first: float | None = None         # the first number that you typed,
+    first_time: str | None = None      # when its cell ran,
+    measured_time: str | None = None   # and when the first measurement ran
 
 
 GUESSES = {}  # question: Guess
@@ -69,25 +74,34 @@ def guess(question, value=None):
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            print(f"{question}: your guess must be a number or None, and {shown(value)} is neither")
+            print(f"{question}: your guess must be a number or None, and {value!r:.40} is neither")
             value = None
         else:
             value = number
-    GUESSES[question] = Guess(value)
-    print(f"{question}? " + ("no guess yet" if value is None else f"you say {short(value)}"))
+    mine = GUESSES.setdefault(question, Guess(None))
+    mine.value, mine.found = value, None
+    if mine.first is None and value is not None:
+        mine.first, mine.first_time = value, now()
+    print(f"{question}? " + ("no guess yet" if value is None else f"your guess: {short(value)}"))
 
 
 def measured(question, found, within=None, factor=None):
     """Put a measured number beside its guess, which may be off by `within`, or by a factor."""
     mine = GUESSES.setdefault(question, Guess(None))
     mine.found = found
-    said = "no guess"
+    mine.measured_time = mine.measured_time or now()
+    guessed = "no guess"
     if mine.value is not None:
-        said = f"you said {short(mine.value)}"
+        guessed = f"your guess {short(mine.value)}"
         mine.error = abs(mine.value - found) / (within or 1)
         if factor is not None and mine.value > 0 and found > 0:
             mine.error = abs(math.log(mine.value / found)) / math.log(factor)
-    print(f"{question}: measured {short(found)}, {said}")
+    print(f"{question}: measured {short(found)}, {guessed}")
+
+
+def now():
+    """The time of day, to the second."""
+    return datetime.now().isoformat(timespec="seconds")
 
 
 def short(number):
@@ -97,7 +111,7 @@ def short(number):
 
 def table_of_guesses():
     """Your guesses beside what was measured, at the end of a notebook."""
-    rows = ["| question | you said | measured |", "|---|---|---|"]
+    rows = ["| question | your guess | measured |", "|---|---|---|"]
     made = []
     for question, mine in GUESSES.items():
         found = "-" if mine.found is None else short(mine.found)
@@ -119,9 +133,49 @@ def table_of_guesses():
 
 
 def claim(holds, text):
-    """Say whether a claim holds, and stop if it does not; in a fast run it is only said."""
+    """Print whether a claim holds, and stop if it does not. A fast run does not stop."""
     print(f"{'holds' if holds else 'does not hold'}: {text}")
     assert holds or FAST, text
+
+
+def report(file="progress.json"):
+    """Write what you have done to a file that you can hand in. All notebooks add to one file.
+
+    It holds the verdict on every exercise, a hash of every answer, and every guess: the first
+    number that you typed, when its cell ran, and when the result was first measured.
+    """
+    import exercises
+
+    path = HERE / file
+    progress = {"exercises": {}, "guesses": {}}
+    if path.exists():
+        try:
+            progress = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            print(f"{path.name} is not a report of this course: rename it, and run this cell again")
+            return
+    for name, verdict in exercises.VERDICTS.items():
+        source = exercises.SOURCES[name].encode()
+        progress["exercises"][name] = {
+            "verdict": verdict, "answer": hashlib.sha256(source).hexdigest()[:16], "time": now()}
+    for question, mine in GUESSES.items():
+        before = progress["guesses"].get(question, {})
+        if before.get("guess") is None:
+            before |= {"guess": mine.first, "time": mine.first_time}
+        before.setdefault("measured", mine.found)
+        before.setdefault("measured_time", mine.measured_time)
+        progress["guesses"][question] = before
+    write(path, json.dumps(progress, indent=1, ensure_ascii=False) + "\n")
+    solved = sum(entry["verdict"].startswith("OK") for entry in progress["exercises"].values())
+    guessed = sum(entry["guess"] is not None for entry in progress["guesses"].values())
+    print(f"{path.name}: {solved} exercises OK, {guessed} guesses")
+
+
+def write(path, content):
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def timer():
@@ -134,162 +188,6 @@ def many(n, fast=None):
     if not FAST:
         return n
     return max(1, n // 10) if fast is None else fast
-
-
-# ==================================================================================================
-# Exercises
-
-VERDICTS = {}  # exercise: what its check said last
-
-
-def check(name, function, inputs, spec=None, judge=None, meaning=""):
-    """Try an exercise on inputs: TODO, OK, or the first input that fails. Never the answer.
-
-    inputs   a list of tuples of arguments, the smallest first
-    spec     a slow way to the right answer, which takes the same arguments
-    judge    or a function of (what came out, *arguments) that returns a complaint, or None
-    meaning  what it means that the exercise is solved
-    """
-    verdict = f"OK. {meaning}"
-    for arguments in inputs:
-        complaint = complaint_about(function, arguments, spec, judge)
-        if complaint is not None:
-            call = f"{name}({', '.join(map(shown, arguments))})"
-            verdict = f"not yet. {call} {complaint}"
-            if complaint == "is None" and arguments is inputs[0]:
-                verdict = "TODO"
-            break
-    VERDICTS[name] = verdict
-    print(f"{name}: {verdict}")
-
-
-def complaint_about(function, arguments, spec, judge):
-    """What is wrong with an exercise on one input of its check; None if nothing is."""
-    given = [copied(argument) for argument in arguments]
-    try:
-        found = function(*given)
-    except Exception as reason:
-        return f"ends with {said_by(reason)}"
-    if found is None:
-        return "is None"
-    if not all(map(same, given, arguments)):
-        return "changes what it was given: work on a copy"
-    try:
-        if judge is not None:
-            return judge(found, *arguments)
-        return difference(found, spec(*arguments))
-    except Exception as reason:
-        return f"is {shown(found)}, and trying that ends with {said_by(reason)}"
-
-
-def said_by(reason):
-    """An exception in one line."""
-    first_line = str(reason).split("\n")[0]
-    return f"{type(reason).__name__}: {first_line}".removesuffix(": ")
-
-
-def copied(value):
-    """A copy of a tensor, and anything else as it is."""
-    return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def same(value, other):
-    """Whether a tensor is what it was."""
-    return not isinstance(value, torch.Tensor) or torch.equal(value, other)
-
-
-def shown(value):
-    """A value as a verdict shows it, in at most 80 characters."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() <= 16:
-            return str(value.tolist())
-        return f"a tensor {tuple(value.shape)}"
-    if isinstance(value, torch.nn.Module):
-        return type(value).__name__
-    if is_dataclass(value):
-        return f"{type(value).__name__}(...)"
-    words = repr(value)
-    return words if len(words) <= 80 else f"{words[:76]} ..."
-
-
-def difference(found, expected):
-    """What is wrong with an answer, in words that do not tell the right one; None if nothing is."""
-    if isinstance(expected, torch.Tensor):
-        return tensor_difference(found, expected)
-    if hasattr(found, "tolist"):  # a tensor or an array: its numbers
-        one_number = math.prod(found.shape) == 1 and not isinstance(expected, list)
-        found = found.item() if one_number else found.tolist()
-    if isinstance(expected, list) and not isinstance(found, list):
-        return f"must be a list, and is of type {type(found).__name__}"
-    right = found == expected
-    if type(expected) is float and type(found) in (int, float):
-        right = math.isclose(found, expected, rel_tol=1e-6)
-    return None if right else f"is not {shown(found)}"
-
-
-def tensor_difference(found, expected):
-    """The same for tensors."""
-    if not isinstance(found, torch.Tensor):
-        return f"must be a tensor, and is of type {type(found).__name__}"
-    if found.shape != expected.shape:
-        return f"must have the shape {tuple(expected.shape)}, and has {tuple(found.shape)}"
-    truth_values = expected.dtype == torch.bool
-    if truth_values != (found.dtype == torch.bool):
-        kind = "True and False (torch.bool)" if truth_values else "numbers"
-        return f"must hold {kind}, and holds {found.dtype}"
-    if not expected.is_floating_point() and found.is_floating_point():
-        return f"must hold whole numbers ({expected.dtype}), and holds {found.dtype}"
-    wrong = ~torch.isclose(found.double(), expected.double(), rtol=1e-5, atol=1e-8)
-    if wrong.any():
-        where = wrong.nonzero()[0].tolist()
-        return f"is wrong at {where}; {wrong.sum()} of {wrong.numel()} entries are"
-    return None
-
-
-class NotYet(Exception):
-    """An exercise that the cells below need; a notebook shows the advice, and no traceback."""
-
-    def _render_traceback_(self):
-        return [str(self)]
-
-
-def use(name, function):
-    """Your function where its check said OK, and else the solution, so that you can go on."""
-    if VERDICTS.get(name, "").startswith("OK"):
-        return function
-    try:
-        import solutions
-    except ImportError:
-        advice = f"The cells from here on need {name}: solve that exercise first."
-        raise NotYet(advice) from None
-    print(f"{name} comes from solutions.py until yours is OK")
-    return getattr(solutions, name)
-
-
-def by_recursion(model, tokens):
-    """What forward must give in notebook 2: the logits of all pages, and the cards after them."""
-    pages = tokens.split(model.T, dim=1)
-    if len(pages) == 1:
-        return model.step(pages[0], model.memory.expand(len(tokens), -1, -1))
-    logits, memory = by_recursion(model, tokens[:, :-pages[-1].size(1)])
-    last, memory = model.step(pages[-1], memory)
-    return torch.cat([logits, last], dim=1), memory
-
-
-def count_lines(*things):
-    """Lines of code of functions and classes, without blank lines, comments and docstrings."""
-    total = 0
-    for thing in things:
-        if inspect.isclass(thing):  # the source of a class is not always found in a notebook
-            methods = [method for method in vars(thing).values() if inspect.isfunction(method)]
-            total += 1 + count_lines(*methods)
-            continue
-        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-        (function,) = tree.body
-        if ast.get_docstring(function) is not None:
-            function.body = function.body[1:]
-        total += len(ast.unparse(tree).splitlines())
-    return total
 
 
 # ==================================================================================================
@@ -417,6 +315,120 @@ def language(variant):
 
 
 # ==================================================================================================
+# Instruments: what notebooks measure, and you need not build yourself
+
+
+def count_lines(*things):
+    """Lines of code of functions and classes, without blank lines, comments and docstrings."""
+    total = 0
+    for thing in things:
+        if inspect.isclass(thing):  # the source of a class is not always found in a notebook
+            methods = [method for method in vars(thing).values() if inspect.isfunction(method)]
+            total += 1 + count_lines(*methods)
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+        (function,) = tree.body
+        if ast.get_docstring(function) is not None:
+            function.body = function.body[1:]
+        total += len(ast.unparse(tree).splitlines())
+    return total
+
+
+def small_model(variant, **options):
+    """An untrained model in float64, so that what is not connected has exactly no effect."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "segment_len": 4, "n_mem": 2, "d_model": 32, "cache_len": 4}
+    model = RMT(Config(variant, **(sizes | options))).double().eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("w_v.weight"):  # an untrained armt writes nothing: give it a voice
+            torch.nn.init.normal_(weight, std=0.05)
+    return model
+
+
+@torch.no_grad()
+def influence(model, tokens):
+    """(pages, pages): how much replacing page t (column) changes the outputs on page s (row)."""
+    T, V = model.config.segment_len, model.config.vocab_size
+    page_of = torch.arange(tokens.size(1)) // T
+    logits, _ = unroll(model, tokens)
+    columns = []
+    for t in range(tokens.size(1) // T):
+        replaced = torch.where(page_of == t, (tokens + 1) % V, tokens)
+        change = (unroll(model, replaced)[0] - logits).unflatten(1, (-1, T))
+        columns.append(change.square().mean(dim=(0, 2, 3)).sqrt())
+    return torch.stack(columns, dim=1)
+
+
+def gradient_reach(model, tokens, depth=None, read=None):
+    """(pages, pages): the norm of the gradient that the loss on page s (row) has at the embedded
+    letters of page t (column).
+
+    read(model, tokens, depth) -> logits; default: unroll the model with this bptt_depth.
+    """
+    if read is None:
+        def read(model, tokens, depth):
+            return unroll(model, tokens, bptt_depth=depth)[0]
+    embedded = []  # one tensor per page
+    hook = model.embed.register_forward_hook(lambda layer, given, out: embedded.append(out))
+    logits = read(model, tokens, depth)
+    hook.remove()
+    T, rows = model.config.segment_len, []
+    for page_logits, page in zip(logits.split(T, dim=1), tokens.split(T, dim=1), strict=True):
+        loss = F.cross_entropy(page_logits.flatten(0, 1), page.flatten())
+        gradients = torch.autograd.grad(loss, embedded, retain_graph=True, materialize_grads=True)
+        rows.append(torch.stack([gradient.norm() for gradient in gradients]))
+    return torch.stack(rows)
+
+
+def peak_kept(model, run):
+    """MB that autograd keeps for the backward pass, at the highest while run() runs.
+
+    Weights are not counted: they are there anyway.
+    """
+    own = {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    held = {}  # (address, bytes) of a storage: how many saved tensors use it
+    peak = 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal peak
+            storage = tensor.untyped_storage()
+            self.tensor, self.place = tensor, (storage.data_ptr(), storage.nbytes())
+            if storage.data_ptr() not in own:
+                held[self.place] = held.get(self.place, 0) + 1
+                peak = max(peak, sum(size for _, size in held))
+
+        def __del__(self):  # the backward pass has used this tensor
+            if self.place in held:
+                held[self.place] -= 1
+                if held[self.place] == 0:
+                    del held[self.place]
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        run()
+    return peak / 1e6
+
+
+def backward_at_cuts(model, tokens, depth):
+    """Truncated backpropagation with a backward pass at every cut, not only at the end."""
+    group_len = model.config.segment_len * (depth + 1)
+    state = model.initial_state(len(tokens))
+    for group in tokens.split(group_len, dim=1):
+        logits, state = unroll(model, group, state)
+        F.cross_entropy(logits.flatten(0, 1), group.flatten()).backward()
+        state = state.detach()
+
+
+@torch.no_grad()
+def segments_back(variant, n_layer=2, cache_len=8, segment_len=4):
+    """How many of the last eight segments change the outputs of the next one, if replaced?"""
+    model = small_model(variant, n_layer=n_layer, cache_len=cache_len, segment_len=segment_len)
+    tokens = torch.randint(11, (1, 9 * segment_len), generator=torch.Generator().manual_seed(0))
+    influences = influence(model, tokens)[8, :8]
+    return int((influences > 0).sum())
+
+
+# ==================================================================================================
 # Pictures: for a slide, readable from the last row
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#B87F00"
@@ -439,6 +451,14 @@ def show(figure, caption):
     png = base64.b64encode(data.getvalue()).decode()
     display({"image/png": png, "text/plain": caption}, raw=True,
             metadata={"image/png": {"alt": caption}})
+    display(Markdown(f"**What to see:** {caption}"))
+
+
+def picture(name, caption):
+    """Show a drawing from assets/, with its caption."""
+    drawing = (HERE.parent / "assets" / f"{name}.svg").read_text(encoding="utf-8")
+    display({"image/svg+xml": drawing, "text/plain": caption}, raw=True,
+            metadata={"image/svg+xml": {"alt": caption}})
     display(Markdown(f"**What to see:** {caption}"))
 
 
@@ -657,55 +677,7 @@ def scrub(memories, read, caption):
     display(HTML(player))
 
 
-# ==================================================================================================
-# The copy for a class
-
-
-def write_student_copy(folder, repo=None):
-    """Notebooks without outputs and solutions, and what they import. Raises OSError."""
-    (folder / "notebooks").mkdir(parents=True, exist_ok=True)
-    for path in sorted(HERE.glob("*.ipynb")):
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        for cell in notebook["cells"]:
-            source = "".join(cell["source"])
-            source = re.sub(r"\n+Solution: .*", "", source)
-            source = source.replace("; their [solutions](solutions.py) are one link away", "")
-            if repo is not None:
-                source = source.replace("OWNER/rmt", repo)
-            cell["source"] = source.splitlines(keepends=True)
-            if cell["cell_type"] == "code":
-                cell["outputs"], cell["execution_count"] = [], None
-        content = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-        write(folder / "notebooks" / path.name, content)
-    for name in ("notebooks/course.py", "rmt.py", "train_copy.py", "train_lm.py", "LICENSE"):
-        write(folder / name, (HERE.parent / name).read_text(encoding="utf-8"))
-
-
-def write(path, content):
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def main(argv):
-    parser = argparse.ArgumentParser(
-        description="write a copy of the notebooks for a class", allow_abbrev=False)
-    parser.add_argument("--student", type=Path, metavar="FOLDER", required=True,
-                        help="where to write it; files of the same names are replaced")
-    parser.add_argument("--repo", metavar="OWNER/NAME",
-                        help="where on GitHub the copy will be, for badges and the set-up cell")
-    args = parser.parse_args(argv)
-    if (args.student / "notebooks" / "solutions.py").exists():
-        parser.error(f"--student {args.student} has solutions in it: take an empty folder")
-    if args.repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
-        parser.error(f"--repo {args.repo!r} must be OWNER/NAME, as on GitHub")
-    try:
-        write_student_copy(args.student, args.repo)
-    except OSError as reason:
-        parser.error(f"--student {args.student}: {reason}")
-    print(f"{args.student}: the notebooks, without outputs and solutions")
-
-
 if __name__ == "__main__":
+    from teacher import main
+
     main(sys.argv[1:])
