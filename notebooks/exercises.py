@@ -559,7 +559,7 @@ def forge(answer, draw):
                           else "leaves a part of the old letter")
 
 
-@exercise("No probe can read that letter any more, and all others are still there.")
+@exercise("A linear probe cannot read that letter any more, and all others are still there.")
 def erase(answer, draw):
     made_up = MadeUpMemories()
     spread = made_up.memories.var(0).sum()

@@ -216,7 +216,7 @@ def decode(memory, W):
 
 
 def decode_wrong(memory, W):
-    """The best score without a look at its size: but the best of ten small scores says nothing."""
+    """The best score without a look at its size: but the best of ten small scores is no letter."""
     X = torch.nn.functional.pad(memory, (0, 1), value=1.0)
     return (X @ W).unflatten(-1, (-1, 10)).argmax(-1)
 
@@ -233,20 +233,20 @@ def needed_cards_wrong(left):
 
 
 def forge(memory, means, place, old, new):
-    """A memory is a sum, so one summand goes and another one comes."""
-    # (mean of new - mean of all) comes, (mean of old - mean of all) goes: the mean of all cancels.
+    """A memory is a sum: subtract the vector of the old letter, and add that of the new one."""
+    # A vector is a mean minus the mean of all. In the difference of two, the mean of all cancels.
     return memory + means[place, new] - means[place, old]
 
 
 def forge_wrong(memory, means, place, old, new):
-    """The new mean comes, and nothing goes: but then the old letter is still in the sum."""
+    """The new mean is added, and nothing subtracted: the old letter is still in the sum."""
     return memory + means[place, new]
 
 
 def erase(memory, means, mean, place):
-    """What goes is the part of memory - mean along which the letters of this place differ."""
+    """Remove the part of memory - mean that lies along the differences between the ten means."""
     # The ten means add up to ten times the mean of all, nearly, so their differences from it span
-    # nine directions. Without these, all ten letters lead to the same memory.
+    # nine directions. Without these, the ten means are one point.
     Q = torch.linalg.qr((means[place] - mean).T)[0][:, :9]
     return memory - (memory - mean) @ Q @ Q.T
 
