@@ -162,8 +162,8 @@ def report(file="progress.json"):
         before = progress["guesses"].get(question, {})
         if before.get("guess") is None:
             before |= {"guess": mine.first, "time": mine.first_time}
-        before.setdefault("measured", mine.found)
-        before.setdefault("measured_time", mine.measured_time)
+        if before.get("measured") is None:
+            before |= {"measured": mine.found, "measured_time": mine.measured_time}
         progress["guesses"][question] = before
     write(path, json.dumps(progress, indent=1, ensure_ascii=False) + "\n")
     solved = sum(entry["verdict"].startswith("OK") for entry in progress["exercises"].values())
@@ -291,7 +291,7 @@ def language(variant):
     """A model that has read Python's standard library for half a minute, its settings, its text.
 
     It runs train_lm.py with 600 steps, as you would in a terminal; a cache has four positions, so
-    that it hands on as many numbers as eight memory tokens.
+    that it passes on as many numbers as eight memory tokens.
     """
     import train_lm
 
@@ -302,7 +302,7 @@ def language(variant):
         out = Path(folder) / "run"
         command = [sys.executable, "train_lm.py", *shlex.split(flags), "--model", variant,
                    "--baseline", "none", "--cache-len", "4", "--seed", str(SEED),
-                   "--eval-every", "300", "--device", "cpu", "--out", str(out)]
+                   "--eval-every", "600", "--device", "cpu", "--out", str(out)]
         run = subprocess.run(command, cwd=root, text=True, encoding="utf-8", stdout=subprocess.PIPE,
                              env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
         print(re.findall(rf"^{variant}: .* CPU seconds of training$", run.stdout, re.MULTILINE)[-1])
@@ -380,8 +380,8 @@ def gradient_reach(model, tokens, depth=None, read=None):
     return torch.stack(rows)
 
 
-def peak_kept(model, run):
-    """MB that autograd keeps for the backward pass, at the highest while run() runs.
+def peak_kept(model, run, *arguments):
+    """MB that autograd keeps for the backward pass, at the highest while run(*arguments) runs.
 
     Weights are not counted: they are there anyway.
     """
@@ -405,7 +405,7 @@ def peak_kept(model, run):
                     del held[self.place]
 
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        run()
+        run(*arguments)
     return peak / 1e6
 
 

@@ -440,17 +440,14 @@ def pages_kept(answer, draw):
     model = RMT(Config("rmt", 11, segment_len=4, n_mem=6))
     drawn = (draw.randint(5, 9), draw.randint(0, 3), True)
     cases = [(6, 2, True), (6, 2, False), (3, 0, True), (5, 7, True), (9, 1, False), drawn]
-    one = peak_kept(model, lambda: unroll(model, torch.randint(10, (16, 4))))
+    one_page = peak_kept(model, unroll, model, torch.randint(10, (16, 4)))
     for pages, depth, at_cuts in cases:
         tokens = torch.randint(10, (16, 4 * pages))
-
-        def run(tokens=tokens, depth=depth, at_cuts=at_cuts):
-            if at_cuts:
-                backward_at_cuts(model, tokens, depth)
-            else:
-                unroll(model, tokens, bptt_depth=depth)
-
-        answer.must_be(round(peak_kept(model, run) / one), pages, depth, at_cuts)
+        if at_cuts:
+            kept = peak_kept(model, backward_at_cuts, model, tokens, depth)
+        else:
+            kept = peak_kept(model, unroll, model, tokens, None, depth)
+        answer.must_be(round(kept / one_page), pages, depth, at_cuts)
 
 
 @exercise("At depth 0 nothing teaches b what the earlier pages needed: that is what is cut off.")
@@ -779,7 +776,7 @@ def reader(variant, M, D):
                       write_slot="embedding"))
 
 
-@exercise("The patient has all of his weights, and cards.")
+@exercise("All weights of the old model are in the new one, and the cards are new.")
 def transplant(answer, draw):
     for M, D in [(2, 16), (draw.randint(3, 6), 24)]:
         old = reader("transformer", M, D)
@@ -798,7 +795,8 @@ def transplant(answer, draw):
         if any(weight.data_ptr() in storages for weight in new.parameters()):
             answer.refuse("shares weights with the old model: training one would change the other")
         if not (new.memory.any() and new.write_embedding.any()):
-            answer.refuse("has cards of zeros, which all stay alike: keep their initial values")
+            answer.refuse("has cards of zeros, which would remain equal to each other: keep the "
+                          "random values")
 
 
 @exercise("The cards learn, and nothing else. Run the next cell.")

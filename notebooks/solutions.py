@@ -282,7 +282,7 @@ def bits_per_character_wrong(nats):
 
 
 def late():
-    """Remember all states, and hand on the last but one."""
+    """Remember all states, and pass on the one before the latest."""
     seen = []
 
     def change(state):
@@ -292,7 +292,7 @@ def late():
 
 
 def late_wrong():
-    """Hand on the first state for ever: that is a frozen memory, not a late one."""
+    """Pass on the first state for ever: that is a frozen memory, not a late one."""
     seen = []
 
     def change(state):
@@ -438,12 +438,12 @@ def new_numbers(M, D):
 
 
 def new_numbers_wrong(M, D):
-    """Query, key, value and output weights for the cards: but they share those of the letters."""
+    """Query, key, value and output weights for the cards: but cards use those of the letters."""
     return 2 * M * D + 4 * D * D
 
 
 def transplant(old, config):
-    """All names of the old model are in the new one too; what else is there stays as it is."""
+    """The new model has all names of the old one; what else it has keeps its initial values."""
     new = RMT(config)
     weights = new.state_dict()
     weights.update(old.state_dict())
@@ -452,14 +452,14 @@ def transplant(old, config):
 
 
 def transplant_wrong(old, config):
-    """The layers alone: but embedding, norm and head are his, too."""
+    """The layers alone: but embedding, norm and head belong to the old model, too."""
     new = RMT(config)
     new.backbone.load_state_dict(old.backbone.state_dict())
     return new
 
 
 def only_cards(model):
-    """Two names of all parameters."""
+    """Of all parameters, the two with these names."""
     for name, weight in model.named_parameters():
         weight.requires_grad = name in ("memory", "write_embedding")
     return model
@@ -477,29 +477,3 @@ VERDICTS.update({
     "only_cards": "not yet. only_cards(RMT) lets these learn: embed.weight, head.weight, memory, "
                   "norm.weight, write_embedding",
 })
-
-# ==================================================================================================
-# The exam questions of notebooks/README.md
-
-EXAM = {
-    1: "Rows read, first token, second token, write; columns the same: 1000, 1100, 1110, 1111.",
-    2: "Cuts stand before segments 2 and 4, so three groups: (0,0), (1,0), (1,1); (2,2), (3,2), "
-       "(3,3); (4,4), (5,4), (5,5). Row is the loss, column the input.",
-    3: "8 x 64 = 512, and 2 x 4 x 64 = 512: the same.",
-    4: "Its first segments are not taught what to write, but what they write still depends on what "
-       "they read, and the last segment learns to read that: a reservoir. A control resets memory.",
-    5: "A = 1/2 x 1 = 0.5 after the first write. Then 0.5 + 1/2 x (2 - 0.5) = 1.25.",
-    6: "The first layer of a segment reads what the last layer of the one before it has written, "
-       "so nothing can start earlier. In an ARMT each layer hands its matrix to itself: layer l of "
-       "segment s needs layer l - 1 of s and layer l of s - 1 only, and these lie on the diagonal "
-       "before.",
-    7: "0.69 / ln 2 = 1 bit; the perplexity is exp(0.69) = 2.",
-    8: "The letter stands elsewhere, too, and the model reads it there; or the model does not use "
-       "what a linear map can find there. (Or the lesion left it: the mean of a letter-rich token "
-       "is no neutral value.)",
-    9: "Whether the mask lets it see the answer, by changing a later token: a leak. Then, whether "
-       "one early mistake spoils the rest, by scoring the first letter alone.",
-    10: "When the text fits into one segment; when many exact lookups are needed, for which an "
-        "associative memory or full attention is better; when there is no budget to learn what to "
-        "write, and a cache does it from the first step.",
-}
