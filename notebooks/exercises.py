@@ -699,7 +699,7 @@ def bits(answer, draw):
         answer.must_be(math.log2(n_messages), letters, symbols)
 
 
-@exercise("Equal chances end at blind guessing, and treat all letters alike. She does not.")
+@exercise("With equal chances all letters are lost equally often. In her case some never are.")
 def survives(answer, draw):
     drawn = (draw.uniform(0.01, 0.3), draw.randint(3, 30))
     for loss, pages in [(0.1, 1), (0.1, 2), (0.5, 3), (0.02, 64), (0.01, 1024), drawn]:

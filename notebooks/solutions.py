@@ -28,12 +28,12 @@ def pairs_seen_wrong(n, T):
 
 
 def answerable(n, T):
-    """A letter and the output that must say it have to stand on one page."""
+    """A letter can be known if the output that must name it is on the same page."""
     return [i for i in range(n) if i // T == (n + i) // T]
 
 
 def answerable_wrong(n, T):
-    """All of the first page: but the page may have burnt before the answer begins."""
+    """All of the first page: but the page may have burned before the answer begins."""
     return [i for i in range(n) if i < T]
 
 
