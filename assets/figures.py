@@ -42,7 +42,7 @@ from rmt import Config  # noqa: E402
 ASSETS = ROOT / "assets"
 RESULTS = ASSETS / "results"
 PAGES = [ROOT / "README.md", *sorted(ASSETS.glob("*.md")), *sorted(RESULTS.glob("*.md"))]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 # ==================================================================================================
 # Records
