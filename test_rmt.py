@@ -2567,7 +2567,8 @@ class TestProcesses:
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 class TestLearning:
-    """What the models learn, in minutes on a CPU."""
+    """What the models learn, in minutes on a CPU. The notebooks assert more: how far gradient must
+    reach in 3, language in 5, the delta rule in 6, noise in 7."""
 
     def test_the_default_run_reaches_its_target_and_no_memory_stays_at_chance(self):
         run(train_copy, "--target 0.99 --out a")
@@ -2577,24 +2578,12 @@ class TestLearning:
         assert scores["its initial state at every boundary"] <= 0.2
         assert scores["the state of another sample"] <= 0.2
 
-    def test_a_fact_is_read_after_4096_segments(self):
-        run(train_copy, "--task memorize --baseline none --eval-segments 4096 --out a")
-        assert results("a")["rmt"]["4096"]["teacher_forced"] >= 0.97
+    def test_a_fact_is_read_after_1024_segments(self):
+        run(train_copy, "--task memorize --baseline none --eval-segments 1024 --out a")
+        assert results("a")["rmt"]["1024"]["teacher_forced"] >= 0.97
 
-    def test_a_fact_is_learned_if_and_only_if_gradient_reaches_it(self):
-        """Two segments back. One boundary short, untrained memory lets something through."""
-        flags = ("--task memorize --baseline none --curriculum fixed --segments 3 --steps 400 "
-                 "--memory-noise 0")
-        scores = []
-        for depth in range(3):
-            run(train_copy, f"{flags} --bptt-depth {depth} --out {depth}")
-            scores.append(results(str(depth))["rmt"]["3"]["teacher_forced"])
-        assert scores[2] > 0.95
-        assert scores[1] < 0.75
-        assert scores[0] < 0.2
-
-    @pytest.mark.parametrize("form, n_segments", [("norm", 10_000), ("raw", 2_000)])
-    def test_normed_memory_stays_alive_and_raw_memory_does_not(self, form, n_segments):
+    @pytest.mark.parametrize("form", ["norm", "raw"])
+    def test_normed_memory_stays_alive_and_raw_memory_does_not(self, form):
         """The answer of every segment is the segment before it, in an endless stream."""
         torch.manual_seed(0)
         model = RMT(Config(vocab_size=10, segment_len=8, n_mem=8, memory_form=form))
@@ -2608,7 +2597,7 @@ class TestLearning:
             rate = 3e-3 * min(1, (step + 1) / 50, 2 * (1 - step / 400))
             learn(optimizer, rate, logits, torch.cat([before, tokens[:, :8]], dim=1))
             before = tokens[:, 8:]
-        tokens = torch.randint(10, (8, n_segments * 8))
+        tokens = torch.randint(10, (8, 2_000 * 8))
         with torch.no_grad():
             _, state = unroll(model.eval(), tokens, last_only=True)
             logits, _ = unroll(model, torch.randint(10, (8, 8)), state)

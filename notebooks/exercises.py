@@ -226,7 +226,7 @@ def difference(found, expected):
     if isinstance(expected, bool):
         if not isinstance(found, bool):
             return f"must be True or False, and is of type {type(found).__name__}"
-        return None if found == expected else f"is not {found}"
+        return None if found == expected else f"gives {found}, which is wrong"
     if hasattr(found, "tolist"):  # a tensor or an array: its numbers
         one_number = math.prod(found.shape) == 1 and not isinstance(expected, list)
         found = found.item() if one_number else found.tolist()
@@ -237,7 +237,7 @@ def difference(found, expected):
         if isinstance(found, bool) or not isinstance(found, (int, float)):
             return f"must be a number, and is of type {type(found).__name__}"
         right = math.isclose(found, expected, rel_tol=1e-6)
-    return None if right else f"is not {shown(found)}"
+    return None if right else f"gives {shown(found)}, which is wrong"
 
 
 def tensor_difference(found, expected):
@@ -341,6 +341,9 @@ class StepByStep(torch.nn.Module):
 
     def step(self, page, memory):
         """Logits of a page, and the next cards."""
+        if memory.dim() != 3 or len(memory) != len(page):
+            raise ValueError(f"step needs cards (batch, M, D) for a batch of {len(page)}, and was "
+                             f"given {tuple(memory.shape)}")
         before = self.rmt.initial_state(len(page))._replace(memory=memory)
         logits, after = self.rmt(page, before)
         return logits, after.memory
@@ -381,7 +384,12 @@ def leaks(answer, draw):
         Leak(0, None), Leak(2, 3), Leak(3, 4), Leak(5, 7), Leak(0, 7))
     drawn = [Leak(*sorted(draw.sample(range(8), 2))) for _ in range(3)]
     for model in (no_leak, one_step, across_pages, second_page, far, *drawn):
-        answer.must_be(model.later is not None, model)
+        found = answer(model)
+        answer.must_be_a(bool)
+        if model.later is None and found:
+            answer.refuse("gives True, but this model does not leak")
+        if model.later is not None and not found:
+            answer.refuse(f"gives False, but letter {model.later} changes output {model.position}")
 
 
 # ==================================================================================================
@@ -433,6 +441,11 @@ def truncated(answer, draw):
         for s, t in (reach != right).nonzero().tolist():
             does = "reaches" if reach[s, t] else "does not reach"
             answer.refuse(f"has the right logits, but the loss of page {s} {does} page {t}")
+        first_page = read(model, tokens, depth)[:, :4]
+        (gradient,) = torch.autograd.grad(first_page.sum(), model.memory, allow_unused=True)
+        if gradient is None:
+            answer.refuse("has the right logits, but a cut before page 0: the initial memory "
+                          "gets no gradient")
 
 
 @exercise("The depth decides how much is kept, but only if you call backward at every cut.")
@@ -660,7 +673,11 @@ def my_variant(answer, draw):
     VARIANTS["mine"] = row
     try:
         config = Config("mine", 14, segment_len=4, n_mem=2, d_model=16, n_head=2)
-        try_contract(answer, RMT(config).double())
+        model = RMT(config).double()
+        for name, weight in model.named_parameters():
+            if name.endswith("w_v.weight"):  # an untrained armt writes nothing
+                torch.nn.init.normal_(weight, std=0.05)
+        try_contract(answer, model)
     finally:
         del VARIANTS["mine"]
 
@@ -682,6 +699,14 @@ def try_contract(answer, model):
         answer.refuse("has a state whose first dimension is not the batch")
     if not torch.allclose(model(tokens[:, 8:], middle)[0], logits[:, 8:]):
         answer.refuse("remembers something that is not in its state")
+    changed = tokens.clone()
+    changed[:, :4] = 13
+    _, other_end = unroll(model, changed)
+    others = [tensor for layer in other_end.carry for tensor in layer]
+    if torch.equal(other_end.memory, end.memory):
+        answer.refuse("keeps nothing of the first segment on its cards")
+    if all(map(torch.equal, carried, others)):
+        answer.refuse("keeps nothing of the first segment in what its layers carry")
     (gradient,) = torch.autograd.grad(logits[:, -1].sum(), model.embed.weight)
     if not gradient[tokens[:, :4]].any():
         answer.refuse("lets no gradient reach the first segment")
