@@ -678,6 +678,8 @@ def scrub(memories, read, caption):
 
 
 if __name__ == "__main__":
-    from teacher import main
-
+    try:
+        from teacher import main
+    except ImportError:
+        sys.exit("teacher.py is not here: run this in the full repository, not in a class copy")
     main(sys.argv[1:])
