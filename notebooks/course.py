@@ -138,15 +138,15 @@ def claim(holds, text):
     assert holds or FAST, text
 
 
-def report(file="progress.json"):
-    """Write what you have done to a file that you can hand in. All notebooks add to one file.
+def report():
+    """Write progress.json, a file that you can hand in. All notebooks add to the same file.
 
     It holds the verdict on every exercise, a hash of every answer, and every guess: the first
     number that you typed, when its cell ran, and when the result was first measured.
     """
     import exercises
 
-    path = HERE / file
+    path = HERE / "progress.json"
     progress = {"exercises": {}, "guesses": {}}
     if path.exists():
         try:
@@ -449,16 +449,18 @@ def show(figure, caption):
     figure.savefig(data, format="png", dpi=80)
     plt.close(figure)
     png = base64.b64encode(data.getvalue()).decode()
-    display({"image/png": png, "text/plain": caption}, raw=True,
-            metadata={"image/png": {"alt": caption}})
-    display(Markdown(f"**What to see:** {caption}"))
+    display_captioned("image/png", png, caption)
 
 
 def picture(name, caption):
     """Show a drawing from assets/, with its caption."""
     drawing = (HERE.parent / "assets" / f"{name}.svg").read_text(encoding="utf-8")
-    display({"image/svg+xml": drawing, "text/plain": caption}, raw=True,
-            metadata={"image/svg+xml": {"alt": caption}})
+    display_captioned("image/svg+xml", drawing, caption)
+
+
+def display_captioned(kind, data, caption):
+    """An image with its caption below, which is its alternative text too."""
+    display({kind: data, "text/plain": caption}, raw=True, metadata={kind: {"alt": caption}})
     display(Markdown(f"**What to see:** {caption}"))
 
 

@@ -186,20 +186,22 @@ def namespace_of(definitions):
         for statement in code_of(path):
             if isinstance(statement, (ast.Import, ast.ImportFrom)):
                 exec(ast.unparse(statement), namespace)
-    refused = {}
+    refused = {}  # name: why its latest definition is no answer
     for source in definitions:
         statement = ast.parse(source).body[0]
         names = [getattr(statement, "name", None)]
         if isinstance(statement, ast.Assign):
             names = [getattr(target, "id", None) for target in statement.targets]
         forbidden = sorted(mentions(source) & exercises.FORBIDDEN)
+        if forbidden:
+            refused |= dict.fromkeys(names, f"uses {forbidden[0]}, which no answer needs")
+            continue
         try:
-            if forbidden:
-                raise exercises.NotYet(f"uses {forbidden[0]}, which no answer needs")
             exec(source, namespace)
         except Exception as reason:
-            for name in names:
-                refused[name] = exercises.in_one_line(reason).removeprefix("NotYet: ")
+            refused |= dict.fromkeys(names, exercises.in_one_line(reason))
+        else:
+            refused = {name: why for name, why in refused.items() if name not in names}
     return namespace, refused
 
 

@@ -946,6 +946,7 @@ def test_a_class_is_graded(folder, teacher, exercises, solutions, monkeypatch):
                     "b": {"guess": 1, "time": "09:00", "measured_time": "09:01"}}}))
     hand_in("finn", "def check(name, function):\n    print(f'{name}: OK.')",
             "class Helper:\n    factor = 2", "import math",
+            "def bits(letters, symbols):\n    return open('answers')",  # replaced below
             "bits = lambda letters, symbols: letters * math.log(symbols, Helper.factor)",
             "this is not Python", "%matplotlib inline")
     Path("class/finn/other.ipynb").write_text("not JSON")
