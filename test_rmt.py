@@ -2027,6 +2027,28 @@ class TestTrainCopy:
             learn(optimizer, rate, logits, tokens[:, is_answer])
         assert_same_weights(model.state_dict(), by_hand.state_dict(), 1e-9)
 
+    def test_symbols_are_added_one_by_one_when_training_goes_well(self, monkeypatch):
+        """Keys and values come from the first 4 of 10 symbols, until 0.75 of them are right."""
+        flags = "--task retrieval --model rmt --curriculum fixed --first-symbols 4 --steps 40"
+        args = arguments(train_copy, flags)
+        draw = train_copy.TASKS["retrieval"].draw
+        drawn = []
+
+        def draw_and_count(args, *others):
+            drawn.append(args.symbols)
+            return draw(args, *others)
+
+        row = train_copy.TASKS["retrieval"]._replace(draw=draw_and_count)
+        monkeypatch.setitem(train_copy.TASKS, "retrieval", row)
+        monkeypatch.setattr(train_copy, "share_right", lambda *_: 0.8)  # above 0.75 in step 55
+        train_copy.train(args, "rmt")
+        assert drawn == [4] * 40
+        args.steps = 65
+        train_copy.train(args, "rmt")  # resumes
+        assert drawn == [4] * 55 + [5, 6, 7, 8, 9, 10] + [10] * 4
+        train_copy.evaluate(args, train_copy.build(args, "rmt"), 5)
+        assert drawn[-1] == 10
+
     @pytest.mark.parametrize("script", [train_copy])
     @pytest.mark.parametrize("name", ["rmt", "transformer"])
     def test_scores_equal_those_by_hand(self, name, script, trained):
@@ -2212,6 +2234,9 @@ BAD_FLAGS = [
     (train_copy, "--segments 8", "at least 2, and multiples of 3: 8 is not"),
     (train_copy, "--task retrieval --segment-len 3", "over 5 segments of 3 tokens"),
     (train_copy, "--task remember --keys 4 --segments 6", "needs 5 different keys but there are 4"),
+    (train_copy, "--task memorize --first-symbols 4", "does not work with --task memorize"),
+    (train_copy, "--first-symbols 11", "--first-symbols 11 must be from 1 to --symbols 10"),
+    (train_copy, "--task retrieval --first-symbols 3", "needs 4 different keys but there are 3"),
     (train_copy, "--task facts --segment-len 11", "--segment-len 11 must be a multiple of 6"),
     (train_lm, "--data no.txt", "no.txt' is no file or folder"),
     (train_lm, "--data short.txt --batch 1", "its valid part has 10 bytes and needs 33"),

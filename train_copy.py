@@ -75,6 +75,7 @@ def train(args, variant):
     run = SimpleNamespace(
         step=0,
         unlocked=1 if args.curriculum == "grow" else len(lengths),  # how many lengths are in use
+        symbols=args.first_symbols or args.symbols,                 # how many symbols are in use
         loss=0.0,                           # running mean, in nats per answer symbol
         right=dict.fromkeys(lengths, 0.0),  # running mean of the share of right symbols
         seconds=0.0,                        # of CPU time
@@ -90,7 +91,7 @@ def train(args, variant):
 
         # New samples, of a length that the curriculum chooses.
         n = choose_length(args, lengths[:run.unlocked], data)
-        inputs, targets = sample(args, model, n, args.batch, data)
+        inputs, targets = sample(args, model, n, args.batch, data, run.symbols)
 
         # The learning rate rises over 50 steps, and falls over the second half of training.
         for group in optimizer.param_groups:
@@ -107,13 +108,17 @@ def train(args, variant):
             fail(f"the loss is {loss.item()} and the norm of its gradient {grad_norm.item()} in "
                  f"step {step + 1}: take an --lr below {args.lr}")
 
-        # Running means. When the longest samples go well, the next length is unlocked.
+        # Running means. When the longest samples go well, the next length is unlocked, or, if there
+        # is none, one more symbol.
         right = share_right(logits.argmax(-1), targets)
         run.right[n] += 0.05 * (right - run.right[n])
         run.loss += (0.05 if step > 0 else 1.0) * (loss.item() - run.loss)
         longest = lengths[run.unlocked - 1]
-        if run.right[longest] > 0.75 and run.unlocked < len(lengths):
-            run.unlocked += 1
+        if run.right[longest] > 0.75:
+            if run.unlocked < len(lengths):
+                run.unlocked += 1
+            elif run.symbols < args.symbols:
+                run.symbols += 1
         run.seconds += time.process_time() - began
         run.step = step + 1
 
@@ -126,8 +131,11 @@ def train(args, variant):
             run.rows.append(row)
             write_row(args.out, row)  # for Weights & Biases: wandb.log(row)
         if run.step % max(1, args.steps // 8) == 0 or run.step == args.steps:
-            tqdm.write(f"{variant:16} step {run.step:5}   {longest} segments   "
-                       f"loss {run.loss:.3f}   right {run.right[longest]:.3f}")
+            in_use = f"{longest} segments"
+            if args.first_symbols is not None:
+                in_use += f" of {run.symbols} symbols"
+            tqdm.write(f"{variant:16} step {run.step:5}   {in_use}   loss {run.loss:.3f}   "
+                       f"right {run.right[longest]:.3f}")
         if run.step % 100 == 0 or run.step == args.steps:
             save(args, path, run, model, optimizer, data)
     return model, run
@@ -253,7 +261,7 @@ def draw_distinct(n, n_drawn, batch, generator):
     """Some of the numbers 0 .. n - 1 in random order, none of them twice: (B, n_drawn)."""
     if n_drawn > n:
         fail(f"a sample needs {n_drawn} different keys but there are {n}: use fewer --segments or "
-             "--eval-segments, or more --keys (in retrieval, --symbols)")
+             "--eval-segments, or more --keys (in retrieval, --symbols or --first-symbols)")
     return torch.rand(batch, n, generator=generator).argsort(dim=1)[:, :n_drawn]
 
 
@@ -457,8 +465,13 @@ def config_fields():
 NO_TARGET = -100  # of outputs that are not scored
 
 
-def sample(args, model, segments, batch, generator):
-    """Inputs (B, length), and for each the next token if it is an answer, else NO_TARGET."""
+def sample(args, model, segments, batch, generator, n_symbols=None):
+    """Inputs (B, length), and for each the next token if it is an answer, else NO_TARGET.
+
+    n_symbols  draw only from the first n_symbols; default: from all of them
+    """
+    if n_symbols is not None:
+        args = argparse.Namespace(**vars(args) | {"symbols": n_symbols})
     tokens, is_answer = TASKS[args.task].draw(args, segments, batch, generator)
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:].masked_fill(~is_answer[1:], NO_TARGET)
@@ -489,6 +502,19 @@ def check_lengths(args):
             fail(f"--task {args.task} over {n} segments of {T} tokens: the first answer must end "
                  f"within {(n - 1) * T + 1} to {n * T} tokens, and ends after {end}: take another "
                  "--segment-len or other --segments")
+
+
+def check_first_symbols(args):
+    """End with one line unless the task can be drawn from --first-symbols symbols."""
+    if args.first_symbols is None:
+        return
+    if TASKS[args.task].words is not symbols:
+        fail(f"--first-symbols does not work with --task {args.task}, where other tokens come "
+             "after the symbols: take copy, reverse or retrieval")
+    if not 1 <= args.first_symbols <= args.symbols:
+        fail(f"--first-symbols {args.first_symbols} must be from 1 to --symbols {args.symbols}")
+    fewer = argparse.Namespace(**vars(args) | {"symbols": args.first_symbols})
+    TASKS[args.task].draw(fewer, args.segments, 1, torch.Generator())  # enough different keys?
 
 
 def share_right(answers, targets):
@@ -587,7 +613,8 @@ def load(args, path, run, model, optimizer, data):
 
 
 # Flags that cannot change when a run is resumed, besides those of Config.
-KEPT = ["task", "symbols", "keys", "segments", "curriculum", "weight_decay", "seed"]
+KEPT = ["task", "symbols", "first_symbols", "keys", "segments", "curriculum", "weight_decay",
+        "seed"]
 
 
 def read_checkpoint(args, path, model):
@@ -685,6 +712,9 @@ def parse(argv):
          help=f"what to learn: {', '.join(TASKS)}")
     flag("--symbols", type=int, default=10, choices=range(2, 37), metavar="2..36",
          help="different symbols")
+    flag("--first-symbols", type=int, metavar="N",
+         help="symbols to begin with, and one more whenever training goes well; None: all "
+         "(copy, reverse, retrieval)")
     flag("--keys", type=int, default=64, metavar="N", help="keys of remember and rewrite")
     flag("--segments", type=int, default=8, metavar="N", help="segments of the longest samples")
     flag("--curriculum", choices=["grow", "random", "fixed"], default="random",
@@ -959,6 +989,7 @@ def run_all(args):
     except ValueError as reason:  # sizes that do not fit
         fail(reason)
     check_lengths(args)
+    check_first_symbols(args)
 
     rows = []  # of metrics.csv, as far as the checkpoints are
     if args.resume is not None:
