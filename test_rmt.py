@@ -2002,7 +2002,8 @@ class TestTrainCopy:
 
     @pytest.mark.parametrize("task, depth", [("copy", 1), ("remember", None)])
     def test_training_equals_a_loop_by_hand(self, task, depth):
-        """Lengths are drawn at random. All answers are trained, and nothing else."""
+        """Lengths are drawn at random. All answers are trained, and nothing else. In remember, no
+        answer is shown to the questions after it."""
         flags = f"{FLAGS[train_copy]} --task {task} --model rmt --steps 20 --memory-noise 0"
         args = arguments(train_copy, f"{flags} --weight-decay 0.1 --lr 0.004")
         args.bptt_depth = depth
@@ -2015,9 +2016,12 @@ class TestTrainCopy:
         for step in range(20):
             n = lengths[torch.randint(len(lengths), (), generator=generator)]
             tokens, is_answer = train_copy.TASKS[task].draw(args, n, 4, generator)
+            shown = tokens[:, :-1].clone()
+            if task == "remember":
+                shown[:, 2 * n - 1::2] = train_copy.BLANK
             state = by_hand.initial_state(4)
             outputs = []
-            for s, segment in enumerate(tokens[:, :-1].split(2, dim=1)):
+            for s, segment in enumerate(shown.split(2, dim=1)):
                 if depth == 1 and s in {3: [1], 6: [2, 4]}[n]:
                     state = state.detach()
                 logits, state = by_hand(segment, state)
@@ -2027,27 +2031,28 @@ class TestTrainCopy:
             learn(optimizer, rate, logits, tokens[:, is_answer])
         assert_same_weights(model.state_dict(), by_hand.state_dict(), 1e-9)
 
-    def test_symbols_are_added_one_by_one_when_training_goes_well(self, monkeypatch):
-        """Keys and values come from the first 4 of 10 symbols, until 0.75 of them are right."""
-        flags = "--task retrieval --model rmt --curriculum fixed --first-symbols 4 --steps 40"
+    def test_symbols_and_then_lengths_are_added_when_training_goes_well(self, monkeypatch):
+        """Two pairs of 2 symbols at first. With a share of 0.8 right, the running mean passes 0.75
+        in step 55."""
+        flags = "--task retrieval --model rmt --curriculum grow --first-symbols 2 --steps 40"
         args = arguments(train_copy, flags)
-        draw = train_copy.TASKS["retrieval"].draw
+        row = train_copy.TASKS["retrieval"]
         drawn = []
 
-        def draw_and_count(args, *others):
-            drawn.append(args.symbols)
-            return draw(args, *others)
+        def draw_and_note(args, segments, batch, generator):
+            drawn.append((args.symbols, segments))
+            return row.draw(args, segments, batch, generator)
 
-        row = train_copy.TASKS["retrieval"]._replace(draw=draw_and_count)
-        monkeypatch.setitem(train_copy.TASKS, "retrieval", row)
-        monkeypatch.setattr(train_copy, "share_right", lambda *_: 0.8)  # above 0.75 in step 55
+        monkeypatch.setitem(train_copy.TASKS, "retrieval", row._replace(draw=draw_and_note))
+        monkeypatch.setattr(train_copy, "share_right", lambda *_: 0.8)
         train_copy.train(args, "rmt")
-        assert drawn == [4] * 40
-        args.steps = 65
+        args.steps = 99
         train_copy.train(args, "rmt")  # resumes
-        assert drawn == [4] * 55 + [5, 6, 7, 8, 9, 10] + [10] * 4
+        begins = [(2, 3)] * 55 + [(n, 3) for n in range(3, 11)]
+        assert drawn[:63] == begins
+        assert {*drawn[63:]} == {(10, 3), (10, 4)}
         train_copy.evaluate(args, train_copy.build(args, "rmt"), 5)
-        assert drawn[-1] == 10
+        assert drawn[-1] == (10, 5)
 
     @pytest.mark.parametrize("script", [train_copy])
     @pytest.mark.parametrize("name", ["rmt", "transformer"])
@@ -2236,6 +2241,7 @@ BAD_FLAGS = [
     (train_copy, "--task remember --keys 4 --segments 6", "needs 5 different keys but there are 4"),
     (train_copy, "--task memorize --first-symbols 4", "does not work with --task memorize"),
     (train_copy, "--first-symbols 11", "--first-symbols 11 must be from 1 to --symbols 10"),
+    (train_copy, "--task retrieval --segments 2", "at least 3, and multiples of 1: 2 is not"),
     (train_copy, "--task retrieval --first-symbols 3", "needs 4 different keys but there are 3"),
     (train_copy, "--task facts --segment-len 11", "--segment-len 11 must be a multiple of 6"),
     (train_lm, "--data no.txt", "no.txt' is no file or folder"),

@@ -108,17 +108,17 @@ def train(args, variant):
             fail(f"the loss is {loss.item()} and the norm of its gradient {grad_norm.item()} in "
                  f"step {step + 1}: take an --lr below {args.lr}")
 
-        # Running means. When the longest samples go well, the next length is unlocked, or, if there
-        # is none, one more symbol.
+        # Running means. When the longest samples go well, one more symbol comes into use or, if all
+        # symbols are in use, the next length.
         right = share_right(logits.argmax(-1), targets)
         run.right[n] += 0.05 * (right - run.right[n])
         run.loss += (0.05 if step > 0 else 1.0) * (loss.item() - run.loss)
         longest = lengths[run.unlocked - 1]
         if run.right[longest] > 0.75:
-            if run.unlocked < len(lengths):
-                run.unlocked += 1
-            elif run.symbols < args.symbols:
+            if run.symbols < args.symbols:
                 run.symbols += 1
+            elif run.unlocked < len(lengths):
+                run.unlocked += 1
         run.seconds += time.process_time() - began
         run.step = step + 1
 
@@ -145,8 +145,8 @@ def training_lengths(args):
     """How long training samples can be, in segments."""
     if args.curriculum == "fixed":
         return [args.segments]
-    multiple = TASKS[args.task].multiple
-    return [n for n in range(2, args.segments + 1) if n % multiple == 0]
+    task = TASKS[args.task]
+    return [n for n in range(task.shortest, args.segments + 1) if n % task.multiple == 0]
 
 
 def choose_length(args, lengths, generator):
@@ -206,14 +206,17 @@ def ends_with(n, tokens):
 
 # A sample of pairs asks about every pair, one question after the other: with a single question,
 # most pairs would teach the model nothing. No question is repeated, or the model would learn to
-# look for the earlier answer. In evaluation only the first question counts.
+# look for the earlier answer. And `sample` hides each answer (its last symbol) from the questions
+# after it: models that see the answers learn which values there are, and find the next answer by
+# elimination, without knowing which key has which value. In evaluation only the first question
+# counts.
 
 
 def retrieval(args, segments, batch, generator):
     """A key and its value in each segment, all keys different; then questions [RMT] sec. 4. The
     marks are those of [ARMT].
 
-        input    7 | 2 |   5 | 9 |   5 ? 9 |   7 ? 2
+        input    7 | 2 |   5 | 9 |   5 ? _ |   7 ? _
         target   . . . .   . . . .   . 9 . .   . 2 .
     """
     n_pairs = segments - 1
@@ -230,7 +233,7 @@ def retrieval(args, segments, batch, generator):
 def remember(args, segments, batch, generator):
     """As retrieval, without marks, and keys are not symbols but tokens of their own [ARMT] sec. 4.
 
-        input    k7 2   k1 9   k1 9   k7        (2 tokens a segment)
+        input    k7 2   k1 9   k1 _   k7        (2 tokens a segment)
         target    . .    . .    9 .    2
     """
     n_pairs = segments - 1
@@ -410,6 +413,7 @@ class Task(NamedTuple):
     words: Callable    # (args) -> the vocabulary, a list of strings
     recipe: dict       # the flags whose defaults differ for this task
     multiple: int = 1  # the number of segments is a multiple of this
+    shortest: int = 2  # segments of the shortest samples in training
 
 
 COPYING = {"n_mem": 8, "steps": 1100, "batch": 16, "lr": 4e-3, "curriculum": "grow",
@@ -424,7 +428,8 @@ TASKS = {
                     multiple=2),
     "retrieval": Task(retrieval, symbols,
                       PAIRS | {"segments": 5, "eval_segments": [10, 11], "segment_len": 4,
-                               "curriculum": "random"}),
+                               "curriculum": "random"},
+                      shortest=3),  # with a single pair there is nothing to tell apart
     "remember": Task(remember, symbols_and_keys,
                      PAIRS | {"segments": 9, "eval_segments": [18, 36]}),
     "rewrite": Task(rewrite, symbols_and_keys,
@@ -475,6 +480,9 @@ def sample(args, model, segments, batch, generator, n_symbols=None):
     tokens, is_answer = TASKS[args.task].draw(args, segments, batch, generator)
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:].masked_fill(~is_answer[1:], NO_TARGET)
+    # Only later questions would see the last symbol of an answer, and could exclude that value.
+    is_last = is_answer[:-1] & ~is_answer[1:]
+    inputs = inputs.masked_fill(is_last, BLANK)
     if model.variant.mask == "full":
         # An encoder sees later tokens too, and so the answers. It gets blanks to fill in instead.
         inputs = inputs.masked_fill(is_answer[:-1], BLANK)
@@ -491,11 +499,11 @@ def first_answer(scored):
 def check_lengths(args):
     """End with one line unless samples of every length fill their segments."""
     T = args.segment_len
-    multiple = TASKS[args.task].multiple
+    shortest, multiple = TASKS[args.task].shortest, TASKS[args.task].multiple
     for n in [args.segments, *training_lengths(args), *args.eval_segments]:
-        if n < 2 or n % multiple != 0:
-            fail(f"--task {args.task} needs --segments and --eval-segments of at least 2, and "
-                 f"multiples of {multiple}: {n} is not")
+        if n < shortest or n % multiple != 0:
+            fail(f"--task {args.task} needs --segments and --eval-segments of at least {shortest}, "
+                 f"and multiples of {multiple}: {n} is not")
         _, is_answer = TASKS[args.task].draw(args, n, 1, torch.Generator())
         _, end = first_answer(is_answer[1:])
         if not (n - 1) * T < end <= n * T:
@@ -513,8 +521,10 @@ def check_first_symbols(args):
              "after the symbols: take copy, reverse or retrieval")
     if not 1 <= args.first_symbols <= args.symbols:
         fail(f"--first-symbols {args.first_symbols} must be from 1 to --symbols {args.symbols}")
+    lengths = training_lengths(args)
+    length = lengths[0] if args.curriculum == "grow" else lengths[-1]
     fewer = argparse.Namespace(**vars(args) | {"symbols": args.first_symbols})
-    TASKS[args.task].draw(fewer, args.segments, 1, torch.Generator())  # enough different keys?
+    TASKS[args.task].draw(fewer, length, 1, torch.Generator())  # enough different keys?
 
 
 def share_right(answers, targets):
@@ -713,8 +723,8 @@ def parse(argv):
     flag("--symbols", type=int, default=10, choices=range(2, 37), metavar="2..36",
          help="different symbols")
     flag("--first-symbols", type=int, metavar="N",
-         help="symbols to begin with, and one more whenever training goes well; None: all "
-         "(copy, reverse, retrieval)")
+         help="symbols to begin with, before the lengths grow; one more whenever training goes "
+         "well; None: all (copy, reverse, retrieval)")
     flag("--keys", type=int, default=64, metavar="N", help="keys of remember and rewrite")
     flag("--segments", type=int, default=8, metavar="N", help="segments of the longest samples")
     flag("--curriculum", choices=["grow", "random", "fixed"], default="random",
