@@ -2032,10 +2032,10 @@ class TestTrainCopy:
         assert_same_weights(model.state_dict(), by_hand.state_dict(), 1e-9)
 
     def test_symbols_and_then_lengths_are_added_when_training_goes_well(self, monkeypatch):
-        """Two pairs of 2 symbols at first. With a share of 0.8 right, the running mean passes 0.75
-        in step 55."""
-        flags = "--task retrieval --model rmt --curriculum grow --first-symbols 2 --steps 40"
-        args = arguments(train_copy, flags)
+        """Two pairs of 2 symbols at first. With a share of 0.8 right, it takes a running mean 55
+        steps to pass 0.75."""
+        flags = "--task retrieval --curriculum grow --symbols 5 --first-symbols 2 --steps 40"
+        args = arguments(train_copy, f"{flags} --model rmt --batch 2 --d-model 16")
         row = train_copy.TASKS["retrieval"]
         drawn = []
 
@@ -2046,13 +2046,12 @@ class TestTrainCopy:
         monkeypatch.setitem(train_copy.TASKS, "retrieval", row._replace(draw=draw_and_note))
         monkeypatch.setattr(train_copy, "share_right", lambda *_: 0.8)
         train_copy.train(args, "rmt")
-        args.steps = 99
+        args.steps = 250
         train_copy.train(args, "rmt")  # resumes
-        begins = [(2, 3)] * 55 + [(n, 3) for n in range(3, 11)]
-        assert drawn[:63] == begins
-        assert {*drawn[63:]} == {(10, 3), (10, 4)}
+        assert drawn[:220] == [(n, 3) for n in (2, 3, 4, 5) for _ in range(55)]
+        assert {*drawn[220:]} == {(5, 3), (5, 4)}
         train_copy.evaluate(args, train_copy.build(args, "rmt"), 5)
-        assert drawn[-1] == (10, 5)
+        assert drawn[-1] == (5, 5)
 
     @pytest.mark.parametrize("script", [train_copy])
     @pytest.mark.parametrize("name", ["rmt", "transformer"])

@@ -117,6 +117,7 @@ def train(args, variant):
         if run.right[longest] > 0.75:
             if run.symbols < args.symbols:
                 run.symbols += 1
+                run.right[longest] = 0.0  # the mean begins anew
             elif run.unlocked < len(lengths):
                 run.unlocked += 1
         run.seconds += time.process_time() - began

@@ -384,6 +384,14 @@ TABLES = {
         **SIZE, "8 pairs": "9", "16": "17", "32": "33", "64": "65", "pairs held of 64":
         lambda runs: spread([held(share, 64) for share in numbers(runs, "65")], 0), **COST,
     }, {"task": "remember"}),
+    "retrieval": Table("`--model`", {
+        "`rmt`": {"model": "rmt", "first_symbols": 2},
+        "`rmt_xl`": {"model": "rmt_xl", "first_symbols": 2},
+        "`armt`": {"model": "armt"},
+    }, {
+        "seeds": count, **SIZE, "2 pairs": "3", "3 pairs": "4", "4 pairs": "5", **COST,
+        "paper, 4 pairs": partial(published, digits=3),
+    }, {"record": "retrieval"}),
     "far": Table("tokens of a segment | longest sample of training", {
         "6 | 48 tokens": {"segment_len": 6},
         "252 | 2,016 tokens": {"segment_len": 252},
