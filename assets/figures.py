@@ -384,10 +384,10 @@ TABLES = {
         **SIZE, "8 pairs": "9", "16": "17", "32": "33", "64": "65", "pairs held of 64":
         lambda runs: spread([held(share, 64) for share in numbers(runs, "65")], 0), **COST,
     }, {"task": "remember"}),
-    "retrieval": Table("`--model`", {
-        "`rmt`": {"model": "rmt", "first_symbols": 2},
-        "`rmt_xl`": {"model": "rmt_xl", "first_symbols": 2},
-        "`armt`": {"model": "armt"},
+    "retrieval": Table("`--model` | lengths | symbols at first", {
+        "`armt` | random | 10": {"model": "armt"},
+        "`rmt` | grow | 2": {"model": "rmt", "curriculum": "grow"},
+        "`rmt` | fixed | 4": {"model": "rmt", "curriculum": "fixed"},
     }, {
         "seeds": count, **SIZE, "2 pairs": "3", "3 pairs": "4", "4 pairs": "5", **COST,
         "paper, 4 pairs": partial(published, digits=3),
