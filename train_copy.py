@@ -477,7 +477,7 @@ def sample(args, model, segments, batch, generator, n_symbols=None):
     n_symbols  draw only from the first n_symbols; default: from all of them
     """
     if n_symbols is not None:
-        args = argparse.Namespace(**vars(args) | {"symbols": n_symbols})
+        args = with_symbols(args, n_symbols)
     tokens, is_answer = TASKS[args.task].draw(args, segments, batch, generator)
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:].masked_fill(~is_answer[1:], NO_TARGET)
@@ -490,6 +490,11 @@ def sample(args, model, segments, batch, generator, n_symbols=None):
     return inputs.to(args.device), targets.to(args.device)
 
 
+def with_symbols(args, n_symbols):
+    """The same settings with another number of symbols."""
+    return argparse.Namespace(**vars(args) | {"symbols": n_symbols})
+
+
 def first_answer(scored):
     """Where the first answer begins and ends, if scored (length,) tells which outputs count."""
     start = scored.int().argmax()
@@ -500,12 +505,12 @@ def first_answer(scored):
 def check_lengths(args):
     """End with one line unless samples of every length fill their segments."""
     T = args.segment_len
-    shortest, multiple = TASKS[args.task].shortest, TASKS[args.task].multiple
+    task = TASKS[args.task]
     for n in [args.segments, *training_lengths(args), *args.eval_segments]:
-        if n < shortest or n % multiple != 0:
-            fail(f"--task {args.task} needs --segments and --eval-segments of at least {shortest}, "
-                 f"and multiples of {multiple}: {n} is not")
-        _, is_answer = TASKS[args.task].draw(args, n, 1, torch.Generator())
+        if n < task.shortest or n % task.multiple != 0:
+            fail(f"--task {args.task} needs --segments and --eval-segments of at least "
+                 f"{task.shortest}, and multiples of {task.multiple}: {n} is not")
+        _, is_answer = task.draw(args, n, 1, torch.Generator())
         _, end = first_answer(is_answer[1:])
         if not (n - 1) * T < end <= n * T:
             fail(f"--task {args.task} over {n} segments of {T} tokens: the first answer must end "
@@ -524,7 +529,7 @@ def check_first_symbols(args):
         fail(f"--first-symbols {args.first_symbols} must be from 1 to --symbols {args.symbols}")
     lengths = training_lengths(args)
     length = lengths[0] if args.curriculum == "grow" else lengths[-1]
-    fewer = argparse.Namespace(**vars(args) | {"symbols": args.first_symbols})
+    fewer = with_symbols(args, args.first_symbols)
     TASKS[args.task].draw(fewer, length, 1, torch.Generator())  # enough different keys?
 
 
