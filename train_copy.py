@@ -108,15 +108,15 @@ def train(args, variant):
             fail(f"the loss is {loss.item()} and the norm of its gradient {grad_norm.item()} in "
                  f"step {step + 1}: take an --lr below {args.lr}")
 
-        # Running means. When the longest samples go well, one more symbol comes into use or, if all
-        # symbols are in use, the next length.
+        # Running means. When the longest samples go well, twice as many symbols come into use or,
+        # if all of them are in use, the next length.
         right = share_right(logits.argmax(-1), targets)
         run.right[n] += 0.05 * (right - run.right[n])
         run.loss += (0.05 if step > 0 else 1.0) * (loss.item() - run.loss)
         longest = lengths[run.unlocked - 1]
         if run.right[longest] > 0.75:
             if run.symbols < args.symbols:
-                run.symbols += 1
+                run.symbols = min(2 * run.symbols, args.symbols)
                 run.right[longest] = 0.0  # the mean begins anew
             elif run.unlocked < len(lengths):
                 run.unlocked += 1
@@ -729,8 +729,8 @@ def parse(argv):
     flag("--symbols", type=int, default=10, choices=range(2, 37), metavar="2..36",
          help="different symbols")
     flag("--first-symbols", type=int, metavar="N",
-         help="symbols to begin with, before the lengths grow; one more whenever training goes "
-         "well; None: all (copy, reverse, retrieval)")
+         help="symbols to begin with, before the lengths grow; twice as many whenever training "
+         "goes well; None: all (copy, reverse, retrieval)")
     flag("--keys", type=int, default=64, metavar="N", help="keys of remember and rewrite")
     flag("--segments", type=int, default=8, metavar="N", help="segments of the longest samples")
     flag("--curriculum", choices=["grow", "random", "fixed"], default="random",
