@@ -389,8 +389,8 @@ TABLES = {
         "`armt` | random | 10": {"model": "armt"},
         "`rmt` | fixed | 4": {"model": "rmt"},
     }, {
-        "seeds": count, **SIZE, "2 pairs": "3", "3 pairs": "4", "4 pairs": "5", **COST,
-        "paper, 4 pairs": partial(published, digits=3),
+        "seeds": count, **SIZE, "4 pairs": "5", "paper, 4 pairs": partial(published, digits=3),
+        "9 pairs, not trained": "10", **COST,
     }, {"record": "retrieval"}),
     "far": Table("tokens of a segment | longest sample of training", {
         "6 | 48 tokens": {"segment_len": 6},
