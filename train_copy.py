@@ -91,7 +91,8 @@ def train(args, variant):
 
         # New samples, of a length that the curriculum chooses.
         n = choose_length(args, lengths[:run.unlocked], data)
-        inputs, targets = sample(args, model, n, args.batch, data, run.symbols)
+        drawn_from = with_symbols(args, run.symbols)
+        inputs, targets = sample(drawn_from, model, n, args.batch, data)
 
         # The learning rate rises over 50 steps, and falls over the second half of training.
         for group in optimizer.param_groups:
@@ -472,22 +473,16 @@ def config_fields():
 NO_TARGET = -100  # of outputs that are not scored
 
 
-def sample(args, model, segments, batch, generator, n_symbols=None):
-    """Inputs (B, length), and for each the next token if it is an answer, else NO_TARGET.
-
-    n_symbols  draw only from the first n_symbols; default: from all of them
-    """
-    if n_symbols is not None:
-        args = with_symbols(args, n_symbols)
+def sample(args, model, segments, batch, generator):
+    """Inputs (B, length), and for each the next token if it is an answer, else NO_TARGET."""
     tokens, is_answer = TASKS[args.task].draw(args, segments, batch, generator)
-    inputs = tokens[:, :-1]
     targets = tokens[:, 1:].masked_fill(~is_answer[1:], NO_TARGET)
     # Only later questions would see the last symbol of an answer, and could exclude that value.
-    is_last = is_answer[:-1] & ~is_answer[1:]
-    inputs = inputs.masked_fill(is_last, BLANK)
+    hidden = is_answer[:-1] & ~is_answer[1:]
     if model.variant.mask == "full":
         # An encoder sees later tokens too, and so the answers. It gets blanks to fill in instead.
-        inputs = inputs.masked_fill(is_answer[:-1], BLANK)
+        hidden = is_answer[:-1]
+    inputs = tokens[:, :-1].masked_fill(hidden, BLANK)
     return inputs.to(args.device), targets.to(args.device)
 
 
