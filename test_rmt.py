@@ -1768,6 +1768,7 @@ def test_diagonals_on_a_gpu_equal_the_loop(name):
 LINE = "import the memory of a segment, and read it: (what) was 'written' in line 1, 2 or 30?\nSo"
 TEXT = " ".join(random.Random(0).choices(LINE.split(" "), k=5000))[:20_000]
 TINY = "--steps 104 --batch 4 --n-layer 1 --n-mem 2 --d-model 16 --memory-noise 0.5 --device cpu"
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has it")
 FLAGS = {
     train_copy: f"{TINY} --segments 6 --segment-len 2 --symbols 2 --curriculum random",
     train_lm: f"{TINY} --data a.txt --segment-len 8 --reset-every 7 --eval-every 52 --length 20",
@@ -1884,14 +1885,18 @@ def outputs_by_hand(model, tokens, boundary="carried"):
     return torch.cat(outputs, dim=1)
 
 
-def learn(optimizer, learning_rate, logits, targets):
+def learn(optimizers, learning_rate, logits, targets):
     """One step of training, as everybody writes it."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.zero_grad()
+    weights = []
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+            weights += group["params"]
     F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 # ==================================================================================================
@@ -2000,17 +2005,29 @@ class TestTasks:
 class TestTrainCopy:
     """Training and evaluation of train_copy.py equal what can be done by hand."""
 
-    @pytest.mark.parametrize("task, depth", [("copy", 1), ("remember", None)])
-    def test_training_equals_a_loop_by_hand(self, task, depth):
+    @pytest.mark.parametrize("task, depth, optimizer", [
+        ("copy", 1, "adamw"), ("remember", None, "adamw"),
+        pytest.param("copy", None, "muon", marks=needs_muon)])
+    def test_training_equals_a_loop_by_hand(self, task, depth, optimizer):
         """Lengths are drawn at random. All answers are trained, and nothing else. In remember, no
         answer is shown to the questions after it."""
         flags = f"{FLAGS[train_copy]} --task {task} --model rmt --steps 20 --memory-noise 0"
+        flags += f" --optimizer {optimizer}"
         args = arguments(train_copy, f"{flags} --weight-decay 0.1 --lr 0.004")
         args.bptt_depth = depth
         by_hand = train_copy.build(args, "rmt")
         model, _ = train_copy.train(args, "rmt")
 
-        optimizer = torch.optim.AdamW(by_hand.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
+        weights = dict(by_hand.named_parameters())
+        optimizers = []
+        if optimizer == "muon":
+            matrices = [weights.pop(f"backbone.blocks.{layer}.{name}.weight")
+                        for layer in range(args.n_layer)
+                        for name in ("attn.qkv", "attn.out", "mlp.0", "mlp.2")]
+            optimizers.append(torch.optim.Muon(
+                matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(
+            torch.optim.AdamW(weights.values(), betas=(0.9, 0.98), weight_decay=0.1))
         generator = torch.Generator().manual_seed(0)
         lengths = {"copy": [3, 6], "remember": [2, 3, 4, 5, 6]}[task]
         for step in range(20):
@@ -2028,8 +2045,17 @@ class TestTrainCopy:
                 outputs.append(logits)
             logits = torch.cat(outputs, dim=1)[:, is_answer[1:]]
             rate = 0.004 * min((step + 1) / 50, (20 - step) / 10)
-            learn(optimizer, rate, logits, tokens[:, is_answer])
+            learn(optimizers, rate, logits, tokens[:, is_answer])
         assert_same_weights(model.state_dict(), by_hand.state_dict(), 1e-9)
+
+    @needs_muon
+    def test_a_run_with_muon_resumes_to_the_same_bits(self):
+        flags = f"{FLAGS[train_copy]} --optimizer muon --baseline none --out"
+        run(train_copy, f"{flags} whole")
+        stop(train_copy, 102, f"{flags} parts")
+        run(train_copy, "--resume parts")
+        assert_same_weights(checkpoint("parts")["model"], checkpoint("whole")["model"])
+        refused(train_copy, "--resume parts --optimizer adamw", "--optimizer muon, not adamw")
 
     def test_symbols_and_then_lengths_are_added_when_training_goes_well(self, monkeypatch):
         """Two pairs of 2 symbols at first. With a share of 0.8 right, it takes a running mean 55
@@ -2148,7 +2174,8 @@ class TestTrainLM:
         by_hand = train_lm.build(args, "rmt", len(parsed.vocabulary))
         model, _ = train_lm.train(args, "rmt", parsed)
 
-        optimizer = torch.optim.AdamW(by_hand.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+        optimizers = [torch.optim.AdamW(
+            by_hand.parameters(), betas=(0.9, 0.98), weight_decay=0.01)]
         numbers = torch.tensor([parsed.vocabulary.index(byte) for byte in raw[:450]])
         streams = torch.stack([numbers[i * 112:(i + 1) * 112 + 1] for i in range(4)])
         for step in range(16):
@@ -2162,7 +2189,7 @@ class TestTrainLM:
             second, state = by_hand(tokens[:, 4:8], state)
             state = state.detach()
             rate = 0.012 * min((step + 1) / 50, (1 + math.cos(math.pi * step / 16)) / 2)
-            learn(optimizer, rate, torch.cat([first, second], dim=1), tokens[:, 1:])
+            learn(optimizers, rate, torch.cat([first, second], dim=1), tokens[:, 1:])
         assert_same_weights(model.state_dict(), by_hand.state_dict(), 1e-9)
 
     @pytest.mark.parametrize("script", [train_lm])
@@ -2617,7 +2644,8 @@ class TestLearning:
         """The answer of every segment is the segment before it, in an endless stream."""
         torch.manual_seed(0)
         model = RMT(Config(vocab_size=10, segment_len=8, n_mem=8, memory_form=form))
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+        optimizers = [torch.optim.AdamW(
+            model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)]
         state = None
         before = torch.randint(10, (32, 8))
         for step in range(400):
@@ -2625,7 +2653,7 @@ class TestLearning:
             logits, state = unroll(model, tokens, state)
             state = state.detach()
             rate = 3e-3 * min(1, (step + 1) / 50, 2 * (1 - step / 400))
-            learn(optimizer, rate, logits, torch.cat([before, tokens[:, :8]], dim=1))
+            learn(optimizers, rate, logits, torch.cat([before, tokens[:, :8]], dim=1))
             before = tokens[:, 8:]
         tokens = torch.randint(10, (8, 2_000 * 8))
         with torch.no_grad():

@@ -30,7 +30,9 @@ To use a trained model in your own code:
 This file needs rmt.py beside it and nothing else from this project. It begins with the training
 loop; the sections after it are tasks, samples, evaluation, files, flags, report and main. A task of
 your own is a function and a row of TASKS. The papers [RMT], [RMT-1M] and [ARMT] are listed in
-rmt.py; [bAbI] is Weston et al. Towards AI-Complete Question Answering. 2015, arXiv:1502.05698.
+rmt.py. Two more are [bAbI], Weston et al. Towards AI-Complete Question Answering. 2015,
+arXiv:1502.05698, and [Muon], Jordan et al. Muon: An optimizer for hidden layers in neural networks.
+2024, https://kellerjordan.github.io/posts/muon/.
 """
 import argparse
 import csv
@@ -66,8 +68,7 @@ from rmt import RMT, VARIANTS, AssociativeBlock, Config, attention_maps, generat
 def train(args, variant):
     """Train one model for args.steps steps, from its checkpoint if it has one -> model, run."""
     model = build(args, variant)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)
+    optimizers = build_optimizers(args, model)
     run_segments = torch.compile(unroll) if args.compile else unroll
     data = torch.Generator().manual_seed(args.seed)  # draws the samples
     torch.manual_seed(args.seed)                     # draws noise and dropout
@@ -83,7 +84,7 @@ def train(args, variant):
     )
     path = Path(args.out, f"{variant}.pt")
     if path.exists():
-        load(args, path, run, model, optimizer, data)
+        load(args, path, run, model, optimizers, data)
 
     steps = range(run.step, args.steps)
     for step in tqdm(steps, variant, initial=run.step, total=args.steps, disable=None):
@@ -95,16 +96,17 @@ def train(args, variant):
         inputs, targets = sample(drawn_from, model, n, args.batch, data)
 
         # The learning rate rises over 50 steps, and falls over the second half of training.
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 50, 2 * (1 - step / args.steps))
+        rate = args.lr * min(1, (step + 1) / 50, 2 * (1 - step / args.steps))
 
         # The update. Only the answers have targets.
-        optimizer.zero_grad()
+        model.zero_grad()
         logits, _ = run_segments(model, inputs, bptt_depth=args.bptt_depth)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
         if not math.isfinite(loss.item() + grad_norm.item()):
             fail(f"the loss is {loss.item()} and the norm of its gradient {grad_norm.item()} in "
                  f"step {step + 1}: take an --lr below {args.lr}")
@@ -139,8 +141,27 @@ def train(args, variant):
             tqdm.write(f"{variant:16} step {run.step:5}   {in_use}   loss {run.loss:.3f}   "
                        f"right {run.right[longest]:.3f}")
         if run.step % 100 == 0 or run.step == args.steps:
-            save(args, path, run, model, optimizer, data)
+            save(args, path, run, model, optimizers, data)
     return model, run
+
+
+def build_optimizers(args, model):
+    """AdamW for all weights or, with --optimizer muon, Muon [Muon] for the matrices of the layers.
+
+    Muon makes the singular values of each update alike, so that no direction of a matrix is learned
+    much later than the others. Its updates are as large as those of AdamW, so both share --lr.
+    """
+    weights = list(model.parameters())
+    matrices = []
+    if args.optimizer == "muon":
+        matrices = [weight for weight in model.backbone.parameters() if weight.ndim == 2]
+        weights = [weight for weight in weights if all(weight is not matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(
+            matrices, args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def training_lengths(args):
@@ -593,14 +614,14 @@ def evaluate(args, model, segments, between=lambda state: state, free=True):
 # its last checkpoint, and its numbers are those of a run that was never interrupted.
 
 
-def save(args, path, run, model, optimizer, data):
+def save(args, path, run, model, optimizers, data):
     """Write a checkpoint. The file is complete at any moment, even if the process is killed."""
     checkpoint = vars(run) | {
         "config": asdict(model.config),
         "vocabulary": TASKS[args.task].words(args),
         "flags": vars(args),
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "data": data.get_state(),
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state(args.device) if on_gpu(args) else None,
@@ -612,10 +633,11 @@ def save(args, path, run, model, optimizer, data):
         fail(f"{path} could not be written, the last checkpoint stays: {reason}")
 
 
-def load(args, path, run, model, optimizer, data):
+def load(args, path, run, model, optimizers, data):
     """Restore a checkpoint that save has written."""
     saved = read_checkpoint(args, path, model)
-    optimizer.load_state_dict(saved["optimizer"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
     data.set_state(saved["data"])
     torch.set_rng_state(saved["random"])
     if on_gpu(args) and saved["random_cuda"] is not None:
@@ -625,8 +647,8 @@ def load(args, path, run, model, optimizer, data):
 
 
 # Flags that cannot change when a run is resumed, besides those of Config.
-KEPT = ["task", "symbols", "first_symbols", "keys", "segments", "curriculum", "weight_decay",
-        "seed"]
+KEPT = ["task", "symbols", "first_symbols", "keys", "segments", "curriculum", "optimizer",
+        "weight_decay", "seed"]
 
 
 def read_checkpoint(args, path, model):
@@ -725,8 +747,8 @@ def parse(argv):
     flag("--symbols", type=int, default=10, choices=range(2, 37), metavar="2..36",
          help="different symbols")
     flag("--first-symbols", type=int, metavar="N",
-         help="symbols to begin with, before the lengths grow; twice as many whenever training "
-         "goes well; None: all (copy, reverse, retrieval)")
+         help="symbols to begin with, doubled when training goes well; None: all (copy, "
+         "reverse, retrieval)")
     flag("--keys", type=int, default=64, metavar="N", help="keys of remember and rewrite")
     flag("--segments", type=int, default=8, metavar="N", help="segments of the longest samples")
     flag("--curriculum", choices=["grow", "random", "fixed"], default="random",
@@ -738,8 +760,10 @@ def parse(argv):
          help="another model to train and compare, or none")
     flag("--steps", type=int, default=1000, metavar="N", help="optimizer steps")
     flag("--batch", type=int, default=32, metavar="N", help="samples per step")
+    flag("--optimizer", choices=["adamw", "muon"], default="adamw",
+         help="for the matrices of the layers")
     flag("--lr", type=float, default=3e-3, metavar="X", help="learning rate at its peak")
-    flag("--weight-decay", type=float, default=0.01, metavar="X", help="weight decay of AdamW")
+    flag("--weight-decay", type=float, default=0.01, metavar="X", help="weight decay")
     flag("--bptt-depth", type=int, metavar="N", help="boundaries that gradient crosses; None: all")
     flag("--seed", type=int, default=0, metavar="N", help="random seed of weights and samples")
     flag("--compile", action="store_true", help="use torch.compile; takes a minute to start")
@@ -1002,6 +1026,9 @@ def run_all(args):
         fail(reason)
     check_lengths(args)
     check_first_symbols(args)
+    if args.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        fail(f"--optimizer muon needs torch 2.9, and this is torch {torch.__version__}: take "
+             "--optimizer adamw, or a newer torch")
 
     rows = []  # of metrics.csv, as far as the checkpoints are
     if args.resume is not None:
