@@ -766,7 +766,7 @@ def parse(argv):
     flag("--weight-decay", type=float, default=0.01, metavar="X", help="weight decay")
     flag("--bptt-depth", type=int, metavar="N", help="boundaries that gradient crosses; None: all")
     flag("--seed", type=int, default=0, metavar="N", help="random seed of weights and samples")
-    flag("--compile", action="store_true", help="use torch.compile, slow to start")
+    flag("--compile", action="store_true", help="torch.compile, slow to start")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     flag("--threads", type=int, default=1, metavar="N", help="CPU threads; 1 is fastest here")
 
