@@ -1960,6 +1960,26 @@ class TestTasks:
             chance = {"facts": 1 / 6}.get(task, 1 / 10)
             assert answers.count(word) / len(answers) == pytest.approx(chance, abs=0.05)
 
+    @pytest.mark.parametrize("segment_len", [6, 60])
+    def test_facts_asks_about_everybody_who_moved(self, segment_len):
+        """In n segments there are 1 to 6 moves and not more than n - 1, whatever their length."""
+        for n in range(2, 10):
+            args = arguments(
+                train_copy, f"--task facts --segment-len {segment_len} --segments {n}")
+            samples, is_answer = draw_words(args)
+            numbers_of_moves = set()
+            for sample in samples:
+                story, *questions = re.split(" ?where is ", " ".join(sample))
+                assert len(story.split()) == (n - 1) * segment_len
+                moves = re.findall(r"(\w+) went to the (\w+) \.", story)
+                numbers_of_moves.add(len(moves))
+                asked = dict(question.split() for question in questions)
+                assert asked == dict(moves)  # in a dict, the latest place counts
+                assert len(questions) == len(asked) == min(n - 1, 4)
+                answers = [word for word, counts in zip(sample, is_answer, strict=True) if counts]
+                assert answers == list(asked.values())
+            assert numbers_of_moves == set(range(min(n - 1, 4), min(n - 1, 6) + 1))
+
     def test_quadratic_equations_are_solved_in_six_fields(self):
         samples, _ = draw_words(arguments(train_copy, "--task quadratic"))
         n_unsolved = 0

@@ -353,31 +353,39 @@ WORDS = ["|", "?", "_", *PEOPLE, *PLACES, *chain(*NOISE_WORDS), *"went to where 
 
 
 def facts(args, segments, batch, generator):
-    """People move, in sentences scattered among noise. Where is one of them now? As in [bAbI].
+    """People move, in sentences scattered among noise; then, where is each of them? As in [bAbI].
 
-        input    mary went to the office .   the old river meets trees .   where is mary
+        input    mary went to the office .   the old river meets trees .   where is mary _
         target   .    .    .  .   .      .   .   .   .     .     .     .   .     .  office
+
+    A sample of n segments has at most n - 1 moves, so that with the curriculum "grow" a model meets
+    one move first, even where a segment has room for many.
     """
     if args.segment_len % SENTENCE != 0:
         fail(f"--segment-len {args.segment_len} must be a multiple of {SENTENCE}, the words of a "
              "sentence of --task facts")
     rng = random.Random(torch.randint(2**62, (), generator=generator).item())
     n_sentences = (segments - 1) * args.segment_len // SENTENCE
+    n_people = min(4, segments - 1)
     samples = []
     for _ in range(batch):
+        people = rng.sample(PEOPLE, n_people)
+        n_more_moves = rng.randint(0, min(6, segments - 1) - n_people)
+        movers = [*people, *rng.choices(people, k=n_more_moves)]
+        rng.shuffle(movers)
         story = [" ".join(map(rng.choice, NOISE_WORDS)) for _ in range(n_sentences)]
+        moments = sorted(rng.sample(range(n_sentences), len(movers)))
         place_of = {}
-        moves = []
-        for _ in range(rng.randint(min(2, n_sentences), min(6, n_sentences))):
-            person = rng.choice(PEOPLE)
+        for i, person in zip(moments, movers, strict=True):
             place_of[person] = rng.choice(PLACES)
-            moves.append(f"{person} went to the {place_of[person]} .")
-        asked = rng.choice(list(place_of))
-        for i, move in zip(sorted(rng.sample(range(n_sentences), len(moves))), moves, strict=True):
-            story[i] = move
-        line = f"{' '.join(story)} where is {asked} {place_of[asked]}"
+            story[i] = f"{person} went to the {place_of[person]} ."
+        questions = [f"where is {person} {place_of[person]}" for person in people]
+        line = " ".join(story + questions)
         samples.append([WORDS.index(word) for word in line.split()])
-    return ends_with(1, torch.tensor(samples))
+    tokens = torch.tensor(samples)
+    is_answer = torch.zeros(tokens.size(1), dtype=torch.bool)
+    is_answer[n_sentences * SENTENCE + 3::4] = True  # where is mary office
+    return tokens, is_answer
 
 
 CHARACTERS = "|?_0123456789+-*/^=,()xDnoe"  # blanks _ fill up the fields of an equation
