@@ -392,6 +392,12 @@ TABLES = {
         "seeds": count, **SIZE, "4 pairs": "5", "paper, 4 pairs": partial(published, digits=3),
         "9 pairs, not trained": "10", **COST,
     }, {"record": "retrieval"}),
+    "facts": Table("tokens of a segment | `--optimizer`", {
+        "6 | adamw": {"segment_len": 6, "record": "associative"} | ASSOCIATIVE["`armt`, delta"],
+        "60 | muon": {"segment_len": 60, "record": "facts"},
+    }, {
+        "seeds": count, "8 segments": "8", "64 segments": "64", "1,000 segments": "1000", **COST,
+    }, {"task": "facts"}),
     "far": Table("tokens of a segment | longest sample of training", {
         "6 | 48 tokens": {"segment_len": 6},
         "252 | 2,016 tokens": {"segment_len": 252},
