@@ -151,13 +151,16 @@ def build_optimizers(args, model):
     Muon makes the singular values of each update alike, so that no direction of a matrix is learned
     much later than the others. Its updates are as large as those of AdamW, so both share --lr.
     """
-    weights = list(model.parameters())
     matrices = []
-    if args.optimizer == "muon":
-        matrices = [weight for weight in model.backbone.parameters() if weight.ndim == 2]
-        weights = [weight for weight in weights if all(weight is not matrix for matrix in matrices)]
+    others = []
+    for name, weight in model.named_parameters():
+        of_a_layer = name.startswith("backbone.")
+        if args.optimizer == "muon" and of_a_layer and weight.ndim == 2:
+            matrices.append(weight)
+        else:
+            others.append(weight)
     optimizers = [
-        torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)]
+        torch.optim.AdamW(others, args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay)]
     if matrices:
         optimizers.append(torch.optim.Muon(
             matrices, args.lr, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
