@@ -2077,6 +2077,10 @@ class TestTrainCopy:
         assert_same_weights(checkpoint("parts")["model"], checkpoint("whole")["model"])
         refused(train_copy, "--resume parts --optimizer adamw", "--optimizer muon, not adamw")
 
+    def test_muon_is_refused_where_torch_lacks_it(self, monkeypatch):
+        monkeypatch.delattr(torch.optim, "Muon", raising=False)
+        refused(train_copy, "--optimizer muon", "--optimizer muon needs torch 2.9, and this is")
+
     def test_symbols_and_then_lengths_are_added_when_training_goes_well(self, monkeypatch):
         """Two pairs of 2 symbols at first. With a share of 0.8 right, it takes a running mean 55
         steps to pass 0.75."""
