@@ -1,7 +1,7 @@
 """Train the Recurrent Memory Transformer on tasks that need memory, beside a model without memory.
 
     python train_copy.py
-        Copy 24 symbols across 9 segments, in one to three minutes on a laptop CPU. At the end, rmt
+        Copy 24 symbols across 9 segments, in one to two minutes on a laptop CPU. At the end, rmt
         gets at least 0.99 of the symbols right over 3, 6 and 9 segments. The baseline without
         memory gets about 0.10 over 9 segments, which is what guessing gives.
     python train_copy.py --task memorize --eval-segments 4096

@@ -57,7 +57,7 @@ class Size(NamedTuple):
 
 SIZES = {
     #                           V    T   L   H    D   M   batch, segments
-    "copy":  Size(Config("rmt", 13,  8,   2,  4,  64,  8), 16, 9),   # train_copy.py's defaults
+    "copy":  Size(Config("rmt", 13,  8,   2,  4,  64,  8), 16, 9),   # train_copy.py with M 8, H 4
     "lm":    Size(Config("rmt", 100, 32,  2,  4,  64,  8), 32, 2),   # train_lm.py's defaults
     "small": Size(Config("rmt", 256, 16,  4,  4,  64,  4), 8, 32),
     "deep":  Size(Config("rmt", 256, 16,  12, 4,  64,  4), 8, 32),
