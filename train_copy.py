@@ -453,16 +453,15 @@ class Task(NamedTuple):
     shortest: int = 2  # segments of the shortest samples in training
 
 
-COPYING = {"n_mem": 12, "n_head": 2, "steps": 550, "batch": 12, "optimizer": "muon", "lr": 1.4e-2,
+COPYING = {"n_mem": 16, "n_head": 2, "steps": 500, "batch": 12, "optimizer": "muon", "lr": 1.4e-2,
            "curriculum": "grow", "write_slot": "both", "carry_dropout": 0.7}
 FACT = {"segments": 8, "eval_segments": [16, 32], "n_mem": 4,
         "memory_noise": 1.0}  # with noise in training, a fact lasts
 PAIRS = {"model": "armt", "segment_len": 2, "n_mem": 4, "batch": 64, "curriculum": "grow",
          "weight_decay": 1.0}  # with weight decay, values last
 TASKS = {
-    "copy": Task(copy, symbols, COPYING | {"segments": 9, "eval_segments": [18]}, multiple=3),
-    "reverse": Task(reverse, symbols, COPYING | {"segments": 6, "eval_segments": [12]},
-                    multiple=2),
+    "copy": Task(copy, symbols, COPYING | {"segments": 9}, multiple=3),
+    "reverse": Task(reverse, symbols, COPYING | {"segments": 6}, multiple=2),
     "retrieval": Task(retrieval, symbols,
                       PAIRS | {"segments": 5, "eval_segments": [10, 11], "segment_len": 4,
                                "curriculum": "random"},
