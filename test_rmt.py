@@ -2451,6 +2451,21 @@ def test_the_tables_of_the_pages_are_those_of_the_records():
         assert lines.strip() == tables[name]
 
 
+def test_a_record_without_a_commit_has_the_settings_of_todays_recipe():
+    scripts = {"train_copy.py": train_copy, "train_lm.py": train_lm}
+    checked = 0
+    for path in figures.RESULTS.glob("*.json"):
+        runs = json.loads(path.read_text(encoding="utf-8"))
+        for run_ in runs if isinstance(runs, list) else []:
+            _, name, *flags = shlex.split(run_["command"])
+            if name in scripts and "commit" not in run_:
+                today = vars(scripts[name].parse(flags))
+                for flag, value in run_["flags"].items():
+                    assert value == today.get(flag, value), f"{path.name}: {run_['command']}: {flag}"
+                checked += 1
+    assert checked > 100
+
+
 def test_every_file_that_a_page_links_to_is_there():
     for page in [*figures.PAGES, ROOT / "notebooks" / "README.md"]:
         content = page.read_text(encoding="utf-8")
