@@ -355,10 +355,10 @@ TABLES = {
         "shortest": thirds(1), "middle": thirds(2), "longest": thirds(3),
         "longest, free-running": thirds(3, "free_running"), **COST, "paper, longest": published,
     }, {"record": "copying"}),
-    "curriculum": Table("lengths practised", {
-        "the longest only": {"record": "curriculum"},
-        "each in proportion to what it gets wrong": {"record": "copying"},
-    }, {f"{n} segments": str(n) for n in (3, 6, 9)}, {"task": "copy", "model": "rmt"}),
+    "curriculum": Table("steps once a length is unlocked", {
+        "longest length only": {"record": "curriculum"},
+        "30 % on shorter lengths": {"record": "copying"},
+    }, {f"{n} segments": str(n) for n in (3, 6, 9, 18)}, {"task": "copy", "model": "rmt"}),
     "capacity": Table("memory tokens", CAPACITY, {
         **SIZE, "24 symbols": "9", "40": "15", "56": "21", "64": "24", "72, not trained": "27",
         "symbols held": lambda runs: spread(symbols_held(runs), 0), **COST,
