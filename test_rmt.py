@@ -1769,7 +1769,8 @@ LINE = "import the memory of a segment, and read it: (what) was 'written' in lin
 TEXT = " ".join(random.Random(0).choices(LINE.split(" "), k=5000))[:20_000]
 TINY = "--steps 104 --batch 4 --n-layer 1 --n-mem 2 --d-model 16 --memory-noise 0.5 --device cpu"
 FLAGS = {
-    train_copy: f"{TINY} --segments 6 --segment-len 2 --symbols 2 --curriculum random",
+    train_copy: f"{TINY} --segments 6 --segment-len 2 --symbols 2 --lr 4e-3 "
+                "--curriculum random",
     train_lm: f"{TINY} --data a.txt --segment-len 8 --reset-every 7 --eval-every 52 --length 20",
 }
 
