@@ -1769,8 +1769,7 @@ LINE = "import the memory of a segment, and read it: (what) was 'written' in lin
 TEXT = " ".join(random.Random(0).choices(LINE.split(" "), k=5000))[:20_000]
 TINY = "--steps 104 --batch 4 --n-layer 1 --n-mem 2 --d-model 16 --memory-noise 0.5 --device cpu"
 FLAGS = {
-    train_copy: f"{TINY} --segments 6 --segment-len 2 --symbols 2 --lr 4e-3 "
-                "--curriculum random",
+    train_copy: f"{TINY} --segments 6 --segment-len 2 --symbols 2 --curriculum random --lr 4e-3",
     train_lm: f"{TINY} --data a.txt --segment-len 8 --reset-every 7 --eval-every 52 --length 20",
 }
 
@@ -2462,7 +2461,7 @@ def test_a_record_without_a_commit_has_the_settings_of_todays_recipe():
             if name in scripts and "commit" not in run_:
                 today = vars(scripts[name].parse(flags))
                 for flag, value in run_["flags"].items():
-                    assert value == today.get(flag, value), f"{path.name}: {run_['command']}: {flag}"
+                    assert value == today.get(flag, value), (path.name, run_["command"], flag)
                 checked += 1
     assert checked > 100
 
