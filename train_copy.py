@@ -479,9 +479,9 @@ TASKS = {
                   PAIRS | {"segments": 8, "eval_segments": [16, 32], "segment_len": SENTENCE,
                            "steps": 800}),
     "quadratic": Task(quadratic, lambda args: list(CHARACTERS),
-                      COPYING | {"segments": 6, "segment_len": 30, "d_model": 128, "n_mem": 8,
-                                 "n_head": 4, "steps": 5000, "batch": 32, "lr": 4e-3,
-                                 "curriculum": "fixed"}, multiple=6),
+                      {"segments": 6, "segment_len": 30, "curriculum": "fixed", "d_model": 128,
+                       "n_mem": 8, "write_slot": "both", "carry_dropout": 0.7, "steps": 5000,
+                       "optimizer": "muon", "lr": 4e-3}, multiple=6),
 }
 
 
