@@ -2042,8 +2042,7 @@ class TestTrainCopy:
             matrices = [weights.pop(f"backbone.blocks.{layer}.{name}.weight")
                         for layer in range(args.n_layer)
                         for name in ("attn.qkv", "attn.out", "mlp.0", "mlp.2")]
-            optimizers.append(torch.optim.Muon(
-                matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+            optimizers.append(train_copy.Muon(matrices, lr=0.004, weight_decay=0.1))
         optimizers.append(
             torch.optim.AdamW(weights.values(), betas=(0.9, 0.98), weight_decay=0.1))
         generator = torch.Generator().manual_seed(0)
@@ -2065,6 +2064,47 @@ class TestTrainCopy:
             rate = 0.004 * min((step + 1) / 50, (20 - step) / 10)
             learn(optimizers, rate, logits, tokens[:, is_answer])
         assert_same_weights(model.state_dict(), by_hand.state_dict(), 1e-9)
+
+    @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+    def test_muon_makes_the_singular_values_of_its_steps_nearly_equal(self, shape):
+        by_hand = torch.randn(shape)
+        matrix = nn.Parameter(by_hand.clone())
+        optimizer = train_copy.Muon([matrix], lr=0.1, weight_decay=0.2)
+        momentum = torch.zeros(shape)
+        for _ in range(4):
+            matrix.grad = torch.randn(shape)
+            optimizer.step()
+            momentum = 0.95 * momentum + 0.05 * matrix.grad
+            direction = 0.95 * momentum + 0.05 * matrix.grad
+            U, S, Vh = torch.linalg.svd(direction, full_matrices=False)
+            S = S / S.norm()
+            for _ in range(5):
+                S = 3.4445 * S - 4.775 * S**3 + 2.0315 * S**5
+            assert 0.68 < S.min() and S.max() < 1.21
+            by_hand = 0.98 * by_hand - 0.1 * 0.2 * max(shape) ** 0.5 * U @ S.diag() @ Vh
+        assert_close(matrix, by_hand, 1e-6)
+
+    @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it since 2.9")
+    @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+    def test_muon_takes_the_steps_of_torch(self, shape):
+        """Which computes in bfloat16, with 8 bits of precision."""
+        ours = nn.Parameter(torch.randn(shape))
+        theirs = nn.Parameter(ours.detach().clone())
+        settings = {"lr": 0.1, "weight_decay": 0.2}
+        optimizer = train_copy.Muon([ours], **settings)
+        of_torch = torch.optim.Muon([theirs], **settings, adjust_lr_fn="match_rms_adamw")
+        for _ in range(4):
+            ours.grad = theirs.grad = torch.randn(shape)
+            optimizer.step()
+            of_torch.step()
+        assert_close(ours, theirs, 0.01)
+
+    def test_muon_leaves_a_matrix_without_gradient_as_it_is(self):
+        """As the keys and values of armt are with bptt_depth 0."""
+        matrix = nn.Parameter(torch.randn(3, 2))
+        before = matrix.detach().clone()
+        train_copy.Muon([matrix], lr=0.1, weight_decay=0.2).step()
+        assert matrix.equal(before)
 
     def test_symbols_and_then_lengths_are_added_when_training_goes_well(self, monkeypatch):
         """Two pairs of 2 symbols at first. With a share of 0.8 right, it takes a running mean 55
