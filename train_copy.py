@@ -491,7 +491,7 @@ class Task(NamedTuple):
     shortest: int = 2  # segments of the shortest samples in training
 
 
-COPYING = {"n_mem": 16, "n_head": 2, "steps": 650, "batch": 12, "optimizer": "muon", "lr": 1.4e-2,
+COPYING = {"n_mem": 16, "n_head": 2, "steps": 600, "batch": 12, "optimizer": "muon", "lr": 1.4e-2,
            "curriculum": "grow", "write_slot": "both", "carry_dropout": 0.7}
 FACT = {"segments": 8, "eval_segments": [16, 32], "n_mem": 4,
         "memory_noise": 1.0}  # with noise in training, a fact lasts
