@@ -356,9 +356,19 @@ TABLES = {
         "longest, free-running": thirds(3, "free_running"), **COST, "paper, longest": published,
     }, {"record": "copying"}),
     "curriculum": Table("steps once a length is unlocked", {
-        "longest length only": {"record": "curriculum"},
-        "30 % on shorter lengths": {"record": "copying"},
-    }, {f"{n} segments": str(n) for n in (3, 6, 9, 18)}, {"task": "copy", "model": "rmt"}),
+        "the longest length only": {"record": "curriculum", "practice": "longest"},
+        "all lengths alike": {"record": "curriculum", "practice": "alike"},
+        "each in proportion to its mistakes": {"record": "copying"},
+    }, {
+        **{f"{n} segments": str(n) for n in (3, 6, 9)}, "18, not trained": "18", **COST,
+    }, {"task": "copy", "model": "rmt"}),
+    "first": Table("recipe", {
+        "AdamW, 4 heads, 8 memory tokens, 1,100 steps of 16 samples": {"optimizer": "adamw"},
+        "Muon, 2 heads, 16 memory tokens, 600 steps of 12 samples": {"optimizer": "muon"},
+    }, {
+        "seeds": count, **{f"{n} segments": str(n) for n in (3, 6, 9)},
+        "free-running": "9.free_running", **COST,
+    }, {"record": "first"}),
     "capacity": Table("memory tokens", CAPACITY, {
         **SIZE, "24 symbols": "9", "40": "15", "56": "21", "64": "24", "72, not trained": "27",
         "symbols held": lambda runs: spread(symbols_held(runs), 0), **COST,
