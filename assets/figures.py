@@ -398,6 +398,7 @@ TABLES = {
     "retrieval": Table("`--model` | lengths | symbols at first", {
         "`armt` | random | 10": {"model": "armt"},
         "`rmt` | fixed | 4": {"model": "rmt"},
+        "`rmt_xl` | fixed | 4": {"model": "rmt_xl"},
     }, {
         "seeds": count, **SIZE, "4 pairs": "5", "paper, 4 pairs": partial(published, digits=3),
         "9 pairs, not trained": "10", **COST,
