@@ -168,8 +168,8 @@ class Muon(torch.optim.Optimizer):
     The singular values of a step are made nearly equal, so that no direction is learned much later
     than the others. Steps are as large as those of AdamW, so both optimizers share --lr.
 
-    torch.optim.Muon takes the same steps in bfloat16. That is fast on a GPU, but more than ten
-    times slower than float32 on a CPU without bfloat16 arithmetic.
+    torch.optim.Muon takes the same steps in bfloat16. That suits a GPU, but is more than ten times
+    slower than float32 on a CPU without bfloat16 arithmetic.
     """
 
     def __init__(self, matrices, lr, weight_decay):
@@ -184,7 +184,7 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
             momentum.lerp_(matrix.grad, 0.05)
             direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))
-            # With this factor an entry changes by about 0.2 lr, as it does with AdamW.
+            # An entry changes by about 0.2 lr, as with AdamW (Liu et al. 2025, arXiv:2502.16982).
             factor = 0.2 * math.sqrt(max(matrix.shape))
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
             matrix.sub_(group["lr"] * factor * direction)
