@@ -181,7 +181,10 @@ class Muon(torch.optim.Optimizer):
         for matrix in group["params"]:
             if matrix.grad is None:
                 continue
-            momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+            state = self.state[matrix]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(matrix)
+            momentum = state["momentum"]
             momentum.lerp_(matrix.grad, 0.05)
             direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))
             # An entry changes by about 0.2 lr, as with AdamW (Liu et al. 2025, arXiv:2502.16982).
