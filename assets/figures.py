@@ -355,9 +355,9 @@ TABLES = {
         "shortest": thirds(1), "middle": thirds(2), "longest": thirds(3),
         "longest, free-running": thirds(3, "free_running"), **COST, "paper, longest": published,
     }, {"record": "copying"}),
-    "curriculum": Table("steps once a length is unlocked", {
-        "the longest length only": {"record": "curriculum", "practice": "longest"},
-        "all lengths alike": {"record": "curriculum", "practice": "alike"},
+    "curriculum": Table("lengths practised", {
+        "the longest only": {"record": "curriculum", "practice": "longest"},
+        "all alike": {"record": "curriculum", "practice": "alike"},
         "each in proportion to its mistakes": {"record": "copying"},
     }, {
         **{f"{n} segments": str(n) for n in (3, 6, 9)}, "18, not trained": "18", **COST,
@@ -367,7 +367,7 @@ TABLES = {
         "Muon, 2 heads, 16 memory tokens, 600 steps of 12 samples": {"optimizer": "muon"},
     }, {
         "seeds": count, **{f"{n} segments": str(n) for n in (3, 6, 9)},
-        "free-running": "9.free_running", **COST,
+        "9, free-running": "9.free_running", **COST,
     }, {"record": "first"}),
     "capacity": Table("memory tokens", CAPACITY, {
         **SIZE, "24 symbols": "9", "40": "15", "56": "21", "64": "24", "72, not trained": "27",
